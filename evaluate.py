@@ -1,0 +1,607 @@
+"""Samples n responses a problem, verifies each, and measures accuracy and KL to a base policy.
+
+Run on the training problems this is step 0: the folder it writes is the fixed data of stage 1. Run
+on held-out problems it is the judge of every policy.
+
+    accuracy       avg@n: mean over problems of the share of correct responses
+    pass@k         1 - C(n-c, k) / C(n, k), c correct of n: unbiased, from the number drawn
+    KL             E_{y ~ policy} sum_t KL(policy(.|y_<t) || base(.|y_<t)), whole vocabulary, nats a
+                   response
+    k1             E_{y ~ policy} sum_t log policy(y_t) - log base(y_t): the same by sampled tokens
+    kl_efficiency  d(accuracy || base accuracy) / KL, with d(a || p) = a log(a/p) + (1-a)
+                   log((1-a)/(1-p)), the least KL that buys this accuracy; 1 is the limit, n/a where
+                   accuracy <= base accuracy
+
+Each with its standard error over problems (they are independent, the samples of one are not).
+
+Reads   a model folder; problems, one {"id", "problem", "answer"} a line; with --base another model.
+Writes  OUTPUT/ rollouts.safetensors, samples.jsonl (for people), problems.jsonl, metrics.json; with
+        --base also kl.safetensors (per response) and, unless --base-run names it, base/ (the base's
+        own samples).
+
+Killed and started again, it goes on at the missing batch; hf on the CPU ends with the same bits.
+
+    python evaluate.py --model M --problems train.jsonl --output rollouts --n 16
+    python evaluate.py --model T --problems test.jsonl --output t --base M --base-run b --n 8
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import math
+import multiprocessing
+import os
+import resource
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from common import (  # isort: skip
+    Policy, Ranks, Rollouts, UserError, check_vocabulary, fingerprint, head_chunks, head_logits,
+    load_lm, load_rollouts, load_tensors, load_tokenizer, make_row, model_folder, pack,
+    progress, read_json, read_jsonl, require, run, save_rollouts, save_tensors, sequence_sum,
+    setup_ranks, start_run, write_json, write_jsonl,
+)  # fmt: skip
+
+
+@dataclass
+class Args:
+    model: str
+    """the policy to sample: a model folder or hub name"""
+    problems: Path
+    """JSONL of {"id", "problem", "answer"}"""
+    output: Path
+    """folder to write; the same command continues an interrupted one"""
+    base: str | None = None
+    """policy to measure KL and KL efficiency against (needs --temperature 1 --top-p 1)"""
+    base_run: Path | None = None
+    """an evaluation of the base on the same problems and settings; default: made in OUTPUT/base"""
+    n: int = 16
+    """responses per problem; the paper's rollouts use 16 a round (its authors' model card)"""
+    engine: Literal["auto", "hf", "vllm"] = "auto"
+    """hf: transformers generate; vllm is not built yet, so auto means hf"""
+    temperature: float = 1.0
+    """sampling temperature, 0 is greedy; 1 so that samples are the policy's own"""
+    top_p: float = 1.0
+    """nucleus sampling; rollouts for training need 1 (top-k is always off)"""
+    max_new_tokens: int = 1024
+    """token limit of a response; one that reaches it is truncated, and wrong"""
+    kl_samples: int = 0
+    """responses the KL is measured on; 0 is all"""
+    batch_size: int = 512
+    """sequences sampled at once; part of the random stream, so it changes the samples"""
+    micro_batch_tokens: int = 8192
+    """token budget of a packed row when the KL is measured"""
+    problem_column: str = "problem"
+    """field of the problem text"""
+    answer_column: str = "answer"
+    """field of the gold answer"""
+    grading_timeout: float = 10.0
+    """seconds of wall clock after which one comparison is killed and counts as wrong"""
+    seed: int = 0
+    """seed of the sampling"""
+
+    def check(self) -> None:
+        """Raises UserError on impossible combinations."""
+        counts = "n max_new_tokens batch_size micro_batch_tokens"
+        require(self, counts, lambda v: v >= 1, "1 or more")
+        require(self, "temperature kl_samples", lambda v: v >= 0, "0 or more")
+        require(self, "grading_timeout", lambda v: v > 0, "above 0")
+        require(self, "top_p", lambda v: 0 < v <= 1, "above 0 and at most 1")
+        if self.base and (self.temperature, self.top_p) != (1.0, 1.0):
+            raise UserError("--base: the KL is defined on the policy's own samples; "
+                            "use --temperature 1 --top-p 1 or drop --base")  # fmt: skip
+        if self.base_run and not self.base:
+            raise UserError("--base-run without --base: name the base model too")
+        if self.engine == "vllm":
+            raise UserError("--engine vllm is not built yet; use --engine hf")
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What two runs must share to be comparable, and what the trainer must know."""
+        names = ("n", "temperature", "top_p", "max_new_tokens", "seed", "batch_size")
+        return {name: getattr(self, name) for name in names} | {"top_k": 0, "engine": "hf"}
+
+
+# --------------------------------------------------------------------------------------------------
+# The mathematics
+
+
+def pass_at_k(correct: Tensor, n: Tensor, k: int) -> Tensor:
+    """Unbiased chance that k of n samples hold a correct one (Chen et al. 2021, eq. 1).
+
+    correct, n: [P] counts. Raises ValueError where k exceeds the samples of a problem."""
+    if k > int(n.min()):
+        raise ValueError(f"pass@{k} needs {k} samples of every problem; one has {int(n.min())}")
+    pairs = zip(correct.long().tolist(), n.long().tolist(), strict=True)
+    chances = [1 - math.comb(m - c, k) / math.comb(m, k) for c, m in pairs]
+    return torch.tensor(chances, dtype=torch.float64)
+
+
+def least_kl(accuracy: Tensor, base_accuracy: Tensor) -> Tensor:
+    """d(a || p): KL between coins, the least KL that moves a success rate from p to a (float64)."""
+    a, p = accuracy.double(), base_accuracy.double()
+    return torch.special.xlogy(a, a / p) + torch.special.xlogy(1 - a, (1 - a) / (1 - p))
+
+
+def kl_efficiency(accuracy: Tensor, base_accuracy: Tensor, kl: Tensor) -> Tensor:
+    """d(accuracy || base accuracy) / KL; nan where not better than the base. Never clipped."""
+    better = (accuracy > base_accuracy) & (kl > 0)
+    return torch.where(better, least_kl(accuracy, base_accuracy) / kl, torch.nan)
+
+
+def tilted_optimum(base_pass_rates: Tensor, etas: Tensor) -> tuple[Tensor, Tensor]:
+    """Accuracy and KL of the base re-weighted by exp(eta R), the optimum of KL-constrained RL.
+
+    base_pass_rates [P], etas [E] -> two [E]. Unequal pass rates keep it below the `least_kl`."""
+    p, weight = base_pass_rates.double()[None], etas.double().exp()[:, None]
+    a = p * weight / (p * weight + (1 - p))  # the bracket: exactly 1 at p = 1
+    d = torch.special.xlogy(a, a) - torch.special.xlogy(a, p)
+    d = d + torch.special.xlogy(1 - a, 1 - a) - torch.special.xlogy(1 - a, 1 - p)
+    return a.mean(1), d.mean(1)
+
+
+def mean_over_problems(total: Tensor, count: Tensor) -> tuple[float, float]:
+    """Ratio sum(total)/sum(count) over problems (the independent draws) and its standard error.
+
+    total, count: [P]. Equal counts: the mean of problem means and the usual standard error."""
+    total, count = total.double(), count.double()
+    mean = total.sum() / count.sum()
+    residual = total - mean * count
+    n = len(total)
+    error = (residual.square().sum() * n / max(1, n - 1)).sqrt() / count.sum()
+    return mean.item(), error.item()
+
+
+def policy_against_base(
+    policy_hidden: Tensor, policy_weight: Tensor, base_hidden: Tensor, base_weight: Tensor,
+    targets: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """At each of R positions: exact KL(policy || base), its k1 estimate, entropy: [R] float32 each.
+
+    hidden [R, D], weight [V, D], targets [R]; logits exist for one chunk of positions at a time."""
+    kl, k1, entropy = [], [], []
+    for p, q, y in head_chunks(len(policy_weight), policy_hidden, base_hidden, targets):
+        log_p = head_logits(p, policy_weight, 1.0).log_softmax(-1)
+        log_q = head_logits(q, base_weight, 1.0).log_softmax(-1)
+        kl.append(torch.linalg.vecdot(log_p.exp(), log_p - log_q))
+        k1.append((log_p - log_q).gather(-1, y[:, None])[:, 0])
+        entropy.append(-torch.linalg.vecdot(log_p.exp(), log_p))
+    return torch.cat(kl), torch.cat(k1), torch.cat(entropy)
+
+
+# --------------------------------------------------------------------------------------------------
+# Data: problems, prompts, samples
+
+
+def load_problems(path: Path, problem_column: str, answer_column: str) -> list[dict[str, str]]:
+    """Reads {"id", "problem", "answer"} lines. Raises UserError naming file, line and field."""
+    problems, seen = [], {}
+    for number, row in enumerate(read_jsonl(path), 1):
+        fields = {"id": row.get("id"), "problem": row.get(problem_column),
+                  "answer": row.get(answer_column)}  # fmt: skip
+        for name, value in fields.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                fields[name] = value = str(value)
+            if not isinstance(value, str) or not value.strip():
+                column = {"problem": problem_column, "answer": answer_column}.get(name, name)
+                raise UserError(f"{path}:{number}: field '{column}' is missing or empty; "
+                                "every problem needs one")  # fmt: skip
+        if fields["id"] in seen:
+            raise UserError(f"{path}:{number}: id '{fields['id']}' was used on line "
+                            f"{seen[fields['id']]}; ids are unique")  # fmt: skip
+        seen[fields["id"]] = number
+        problems.append(fields)
+    if not problems:
+        raise UserError(f"{path}: no problems in it")
+    return problems
+
+
+def encode_prompts(tokenizer: Any, problems: list[dict[str, str]]) -> list[list[int]]:
+    """Prompt token ids: by the chat template where the tokenizer has one, else the problem."""
+    prompts = []
+    for row in problems:
+        text, template = row["problem"], bool(tokenizer.chat_template)
+        if template:
+            chat = [{"role": "user", "content": text}]
+            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        prompts.append(tokenizer(text, add_special_tokens=not template).input_ids)
+        if not prompts[-1]:
+            raise UserError(f"problem '{row['id']}': its prompt has no tokens")
+    return prompts
+
+
+@torch.no_grad()
+def sample_batch(
+    lm: Any, prompts: list[list[int]], eos: list[int], pad: int, args: Args, seed: int
+) -> list[tuple[list[int], list[float], bool]]:
+    """One response to each prompt by transformers generate -> (ids, log-probs, truncated) each."""
+    from transformers import GenerationConfig, LogitsProcessor
+
+    class Recorder(LogitsProcessor):
+        """Log-probs of the sampled tokens, at the temperature; [steps, B, V] is never stored."""
+
+        previous: Tensor | None = None
+
+        def __init__(self) -> None:
+            self.logprobs: list[Tensor] = []
+
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            self.record(input_ids[:, -1:])
+            self.previous = (scores.float() / (args.temperature or 1.0)).log_softmax(-1)
+            return scores
+
+        def record(self, chosen: Tensor) -> None:
+            if self.previous is not None:
+                self.logprobs.append(self.previous.gather(-1, chosen)[:, 0])
+
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=lm.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=lm.device)
+    # The whole configuration is ours: a model's own (Qwen3: top-k 20) would cut the distribution.
+    greedy = args.temperature == 0
+    sampled = {} if greedy else dict(temperature=args.temperature, top_p=args.top_p, top_k=0)
+    lm.generation_config = GenerationConfig(
+        do_sample=not greedy, max_new_tokens=args.max_new_tokens, eos_token_id=eos,
+        pad_token_id=pad, **sampled,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    recorder = Recorder()
+    output = lm.generate(input_ids=ids, attention_mask=mask, logits_processor=[recorder])[:, width:]
+    recorder.record(output[:, -1:])
+    logprobs = torch.stack(recorder.logprobs, 1).tolist()
+    responses = []
+    for tokens, values in zip(output.tolist(), logprobs, strict=True):
+        # Up to and with the first EOS; what follows is padding, whatever its token values.
+        end = next((i + 1 for i, token in enumerate(tokens) if token in eos), len(tokens))
+        responses.append((tokens[:end], values[:end], tokens[end - 1] not in eos))
+    return responses
+
+
+def sample(
+    model: str, prompts: list[list[int]], args: Args, folder: Path, ranks: Ranks
+) -> list[dict]:
+    """n responses to every prompt, batch by batch; finished batches stay in folder/parts.
+
+    Returns {"problem", "sample", "tokens", "logprobs", "truncated"} each, by problem and sample."""
+    tokenizer = load_tokenizer(model)
+    # Short prompts first: batch mates are alike, little is padded, few rows idle after their EOS.
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    requests = [(problem, number) for problem in order for number in range(args.n)]
+    batches = [requests[i : i + args.batch_size] for i in range(0, len(requests), args.batch_size)]
+    lm, responses, pad, eos = None, [], 0, []
+    with progress(ranks, len(requests), 0, f"sample {Path(model).name}") as bar:
+        for index, batch in enumerate(batches):
+            part = folder / "parts" / f"batch-{index:06d}.jsonl"
+            if not part.is_file():
+                if lm is None:
+                    lm = load_lm(model, ranks.device, sampler_dtype(ranks), attention="sdpa")
+                    eos = all_eos(lm, tokenizer)
+                    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
+                digest = hashlib.sha256(f"{args.seed}/{index}".encode()).digest()
+                seed = int.from_bytes(digest[:7], "little")  # neighbouring batches share no stream
+                drawn = sample_batch(lm, [prompts[p] for p, _ in batch], eos, pad, args, seed)
+                write_jsonl(part, [
+                    dict(problem=p, sample=j, tokens=tokens, logprobs=values, truncated=cut)
+                    for (p, j), (tokens, values, cut) in zip(batch, drawn, strict=True)
+                ])  # fmt: skip
+            responses += read_jsonl(part)
+            bar.update(len(batch))
+    return sorted(responses, key=lambda r: (r["problem"], r["sample"]))
+
+
+def sampler_dtype(ranks: Ranks) -> torch.dtype:
+    """bfloat16 on a GPU, float32 on the CPU."""
+    return torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+
+
+def all_eos(lm: Any, tokenizer: Any) -> list[int]:
+    """Every id that ends a response: of the generation config (Qwen3 has two) and the tokenizer."""
+    found = lm.generation_config.eos_token_id
+    ids = {*(found if isinstance(found, list) else [found]), tokenizer.eos_token_id}
+    ids.discard(None)
+    if not ids:
+        raise UserError("the model names no end-of-sequence token; set eos_token_id in its "
+                        "generation_config.json")  # fmt: skip
+    return sorted(ids)
+
+
+# --------------------------------------------------------------------------------------------------
+# Data: grading, in processes that can be killed (SIGALRM cannot interrupt a long big-integer step)
+
+
+def boxed_answer(text: str) -> str | None:
+    r"""Content of the last \boxed{...} after the last </think>, braces balanced; None: no box.
+
+    Strict on purpose: without a box there is no answer, so a number met in passing never counts."""
+    text = text.rpartition("</think>")[2]
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth = 0
+    for position in range(start + 6, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
+        if depth == 0:
+            return text[start + 7 : position]
+    return None
+
+
+def _parse(answer: str) -> list:
+    from math_verify import LatexExtractionConfig, parse
+
+    config = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
+    boxed = f"\\boxed{{{answer}}}"
+    return parse(boxed, config, extraction_mode="first_match", parsing_timeout=None)
+
+
+def _grade(gold: str, answer: str | None) -> bool:
+    """In a worker: does the answer equal the gold? With answer None: can the gold be parsed?"""
+    from math_verify import verify
+
+    parsed = _parse(gold)
+    if answer is None:
+        return bool(parsed)
+    # Gold first: verify is not symmetric.
+    return verify(parsed, _parse(answer), timeout_seconds=None)
+
+
+def _start_worker() -> None:
+    """A worker may take 2 GiB more than it has: a bomb ends as MemoryError, not the machine's."""
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # we time it from outside, and know
+    statm = Path("/proc/self/statm")
+    if statm.exists():  # Linux
+        used = int(statm.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**31, used + 2**31))
+
+
+class Grader:
+    """math-verify behind a pool of processes: one that exceeds its time is killed and replaced."""
+
+    def __init__(self, timeout: float) -> None:
+        from pebble import ProcessPool
+
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["__main__", "math_verify"])
+        self.pool = ProcessPool(os.cpu_count() or 1, initializer=_start_worker, context=context)
+        self.timeout = timeout
+
+    def __enter__(self) -> Grader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.stop()
+        self.pool.join()
+
+    def verdicts(
+        self, pairs: list[tuple[str, str | None]], bar: Any = None
+    ) -> dict[tuple[str, str | None], bool | None]:
+        """Verdict of each distinct (gold, answer); None where it timed out or crashed."""
+        schedule, limit = self.pool.schedule, self.timeout
+        futures = {p: schedule(_grade, args=p, timeout=limit) for p in dict.fromkeys(pairs)}
+        verdicts: dict[tuple[str, str | None], bool | None] = {}
+        for pair, future in futures.items():
+            try:
+                verdicts[pair] = future.result()
+            except Exception:  # timeout, memory, crash: what broke the worker is no proof
+                verdicts[pair] = None
+            if bar is not None:
+                bar.update()
+        return verdicts
+
+    def check_golds(self, path: Path, problems: list[dict[str, str]]) -> None:
+        """Raises UserError where math-verify cannot parse a gold: every response would be wrong."""
+        parsed = self.verdicts([(row["answer"], None) for row in problems])
+        bad = [(i, row) for i, row in enumerate(problems, 1) if not parsed[row["answer"], None]]
+        if bad:
+            number, row = bad[0]
+            late = "" if parsed[row["answer"], None] is False else f" within {self.timeout} s"
+            raise UserError(f"{path}:{number}: field 'answer': math-verify cannot parse "
+                            f"{row['answer'][:60]!r}{late} ({len(bad)} such answers); correct or "
+                            f"drop the problem '{row['id']}'")  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------
+# Steps of main
+
+
+def load_base_run(args: Args, base_fingerprint: str, problems: list[dict[str, str]]) -> Rollouts:
+    """The rollouts in --base-run. Raises UserError where they are of another model, other problems
+    or other sampling: p and a are comparable only on the same."""
+    base, where = load_rollouts(args.base_run), f"--base-run {args.base_run}"
+    if base.metadata.get("model_fingerprint") != base_fingerprint:
+        made_by = base.metadata.get("model")
+        raise UserError(f"{where}: made by {made_by}, not by --base {args.base}; name its own run")
+    if read_jsonl(args.base_run / "problems.jsonl") != problems:
+        raise UserError(f"{where}: other problems than {args.problems}; p and a must share them")
+    theirs, ours = base.metadata["sampling"], args.sampling
+    for name in ("temperature", "top_p", "max_new_tokens"):
+        if theirs[name] != ours[name]:
+            raise UserError(f"{where}: {name} {theirs[name]}, here {ours[name]}; make them equal")
+    return base
+
+
+def draw_and_grade(
+    model: str, problems: list[dict[str, str]], prompts: list[list[int]], args: Args, folder: Path,
+    grader: Grader, ranks: Ranks,
+) -> Rollouts:  # fmt: skip
+    """Samples, grades and writes a rollouts folder; what is there already is not made again."""
+    if (folder / "rollouts.safetensors").is_file():
+        return load_rollouts(folder)
+    tokenizer = load_tokenizer(model)
+    responses = sample(model, prompts, args, folder, ranks)
+    texts = [tokenizer.decode(r["tokens"], skip_special_tokens=True) for r in responses]
+    drawn = zip(responses, texts, strict=True)
+    answers = [None if r["truncated"] else boxed_answer(text) for r, text in drawn]
+    golds = [problems[r["problem"]]["answer"] for r in responses]
+    pairs = [(g, a) for g, a in zip(golds, answers, strict=True) if a is not None]
+    with progress(ranks, len(set(pairs)), 0, "grade distinct answers") as bar:
+        verdicts = grader.verdicts(pairs, bar)
+    rewards = [a is not None and bool(verdicts[g, a]) for g, a in zip(golds, answers, strict=True)]
+
+    write_jsonl(folder / "problems.jsonl", problems)
+    table = zip(responses, rewards, answers, golds, texts, strict=True)
+    write_jsonl(folder / "samples.jsonl", [
+        {
+            "id": problems[r["problem"]]["id"], "sample": r["sample"], "reward": float(reward),
+            "answer": answer, "gold": gold,
+            "finish_reason": "length" if r["truncated"] else "stop", "length": len(r["tokens"]),
+            "text": text,
+        }
+        for r, reward, answer, gold, text in table
+    ])  # fmt: skip
+    own_prompts = [prompts[r["problem"]] for r in responses]  # the prompt of each response
+    sequences = [p + r["tokens"] for p, r in zip(own_prompts, responses, strict=True)]
+    logprobs = [[0.0] * len(p) + r["logprobs"] for p, r in zip(own_prompts, responses, strict=True)]
+    lengths = torch.tensor([0] + [len(s) for s in sequences])
+    failures = sum(v is None for v in verdicts.values())
+    metadata = {
+        "model": model, "model_fingerprint": fingerprint(model_folder(model)),
+        "sampling": args.sampling, "unanswered": answers.count(None),
+        "grading_failures": failures, "versions": {"torch": torch.__version__},
+    }  # fmt: skip
+    rollouts = Rollouts(
+        folder / "rollouts.safetensors", metadata,
+        tokens=flatten(sequences, torch.int32),
+        cu_seqlens=lengths.cumsum(0),
+        prompt_lens=torch.tensor([len(p) for p in own_prompts], dtype=torch.int32),
+        rewards=torch.tensor(rewards, dtype=torch.float32),
+        problem_index=torch.tensor([r["problem"] for r in responses], dtype=torch.int32),
+        truncated=torch.tensor([r["truncated"] for r in responses]),
+        sampler_logprobs=flatten(logprobs, torch.float32),
+    )  # fmt: skip
+    save_rollouts(rollouts)
+    shutil.rmtree(folder / "parts")
+    return rollouts
+
+
+def flatten(lists: list[list], dtype: torch.dtype) -> Tensor:
+    """One flat tensor of all lists, end to end."""
+    return torch.tensor(list(itertools.chain.from_iterable(lists)), dtype=dtype)
+
+
+@torch.no_grad()
+def measure_kl(args: Args, rollouts: Rollouts, ranks: Ranks) -> dict[str, Tensor]:
+    """KL, k1 and entropy summed over each of the policy's own responses (all, or a subset)."""
+    n = len(rollouts.rewards)
+    subset = torch.arange(n)
+    if 0 < args.kl_samples < n:
+        subset = torch.linspace(0, n - 1, args.kl_samples).round().long()
+    names, dtype = (args.model, args.base), sampler_dtype(ranks)
+    policy, base = (Policy(load_lm(name, ranks.device, dtype)) for name in names)
+    sums = torch.zeros(3, n)
+    lengths = rollouts.lengths[subset].tolist()
+    with progress(ranks, len(subset), 0, "measure KL") as bar:
+        for chosen in pack(lengths, args.micro_batch_tokens, 1)[0]:
+            row = make_row(rollouts, subset[chosen].tolist(), ranks.device)
+            states = [*policy(row, lambda h, w: (h, w)), *base(row, lambda h, w: (h, w))]
+            ids = row.sequence_ids[row.response_index]
+            measured = policy_against_base(*states, row.tokens[row.response_index])
+            for i, values in enumerate(measured):
+                sums[i, row.sequences] = sequence_sum(values, ids, len(row.lengths)).cpu()
+            bar.update(len(chosen))
+    arrays = dict(zip(("kl", "k1", "entropy"), sums[:, subset], strict=True)) | {"response": subset}
+    save_tensors(args.output / "kl.safetensors", arrays, {"base": args.base})
+    return arrays
+
+
+def by_problem(values: Tensor, problem_index: Tensor, n_problems: int) -> Tensor:
+    """Sums [S] values over the responses of each problem -> [P] float64."""
+    zeros = torch.zeros(n_problems, dtype=torch.float64)
+    return zeros.index_add(0, problem_index.long(), values.double())
+
+
+def collect_metrics(
+    rollouts: Rollouts, kl: dict[str, Tensor] | None, base: Rollouts | None
+) -> dict[str, Any]:
+    """Every number of the table with its standard error, as {name: [value, standard error]}."""
+    index, n_problems = rollouts.problem_index, int(rollouts.problem_index.max()) + 1
+    total: Callable[[Tensor], Tensor] = lambda v: by_problem(v, index, n_problems)  # noqa: E731
+    count, correct = total(torch.ones(len(index))), total(rollouts.rewards)
+    metrics = {"accuracy": mean_over_problems(correct, count)}
+    for k in (2**i for i in range(int(math.log2(int(count.min()))) + 1)):
+        chances = pass_at_k(correct, count, k)
+        metrics[f"pass@{k}"] = mean_over_problems(chances, torch.ones(n_problems))
+    metrics["mean_length"] = mean_over_problems(total(rollouts.response_lens), count)
+    metrics["truncated"] = mean_over_problems(total(rollouts.truncated), count)
+    if kl is None or base is None:
+        return metrics
+
+    at = index[kl["response"]]
+    n_kl = by_problem(torch.ones(len(at)), at, n_problems)
+    kl_sum = by_problem(kl["kl"], at, n_problems)
+    tokens = by_problem(rollouts.response_lens[kl["response"]], at, n_problems)
+    metrics["kl"] = mean_over_problems(kl_sum, n_kl)
+    metrics["k1"] = mean_over_problems(by_problem(kl["k1"], at, n_problems), n_kl)
+    metrics["entropy"] = mean_over_problems(by_problem(kl["entropy"], at, n_problems), tokens)
+
+    base_count = by_problem(torch.ones(len(base.rewards)), base.problem_index, n_problems)
+    base_correct = by_problem(base.rewards, base.problem_index, n_problems)
+    metrics["base_accuracy"] = mean_over_problems(base_correct, base_count)
+    # Bootstrap over problems, policy and base together; row 0 is the sample itself.
+    draw = torch.randint(n_problems, (2000, n_problems), generator=torch.Generator().manual_seed(0))
+    draw[0] = torch.arange(n_problems)
+    pairs = [(correct, count), (base_correct, base_count), (kl_sum, n_kl)]
+    accuracy, base_accuracy, divergence = (a[draw].sum(1) / b[draw].sum(1) for a, b in pairs)
+    efficiency = kl_efficiency(accuracy, base_accuracy, divergence)
+    valid = efficiency[~efficiency.isnan()]
+    known = not math.isnan(efficiency[0])
+    metrics["kl_efficiency"] = (efficiency[0].item(), valid.std().item()) if known else (None, None)
+    return metrics
+
+
+def print_table(args: Args, metrics: dict[str, Any], n_problems: int, ranks: Ranks) -> None:
+    """The numbers for people, with what they depend on."""
+    ranks.print(f"\n{args.model}: {n_problems} problems x {args.n} samples, seed {args.seed}, "
+                f"temperature {args.temperature}, top-p {args.top_p}, "
+                f"at most {args.max_new_tokens} tokens")  # fmt: skip
+    for name, (value, error) in metrics.items():
+        ranks.print(f"  {name:14s} " + ("n/a" if value is None else f"{value:9.4f} ± {error:.4f}"))
+
+
+def main(args: Args) -> None:
+    args.check()
+    ranks = setup_ranks()
+    if ranks.world_size > 1:
+        raise UserError("evaluate.py is one process; start it with python, not torchrun")
+    problems = load_problems(args.problems, args.problem_column, args.answer_column)
+    models = {"model": args.model} | ({"base": args.base} if args.base else {})
+    check_vocabulary(list(models.values()))
+    inputs = {name: fingerprint(model_folder(path)) for name, path in models.items()}
+    inputs["problems"] = fingerprint(args.problems)
+    prompts = encode_prompts(load_tokenizer(args.model), problems)
+    base = load_base_run(args, inputs["base"], problems) if args.base_run else None
+    with Grader(args.grading_timeout) as grader:
+        if not (args.output / "metrics.json").is_file():
+            grader.check_golds(args.problems, problems)
+        # All input has been checked: from here on things are written.
+        if not start_run(args.output, args, inputs, ranks, last_file="metrics.json"):
+            stored = read_json(args.output / "metrics.json")
+            return print_table(args, stored["metrics"], stored["problems"], ranks)
+        rollouts = draw_and_grade(args.model, problems, prompts, args, args.output, grader, ranks)
+        if args.base and base is None:
+            folder, same = args.output / "base", inputs["base"] == inputs["model"]
+            base = rollouts if same else draw_and_grade(
+                args.base, problems, prompts, args, folder, grader, ranks
+            )  # fmt: skip
+    kl = None
+    if args.base:
+        cached = args.output / "kl.safetensors"
+        kl = load_tensors(cached, {})[0] if cached.is_file() else measure_kl(args, rollouts, ranks)
+
+    metrics = collect_metrics(rollouts, kl, base)
+    summary = {"model": args.model, "base": args.base, "problems": len(problems),
+               "sampling": args.sampling}  # fmt: skip
+    counts = {name: rollouts.metadata[name] for name in ("unanswered", "grading_failures")}
+    write_json(args.output / "metrics.json", summary | counts | {"metrics": metrics})
+    print_table(args, metrics, len(problems), ranks)
+
+
+if __name__ == "__main__":
+    run(main, Args, __doc__)

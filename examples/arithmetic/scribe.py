@@ -1,0 +1,101 @@
+"""The noisy scribe: chains of additions and subtractions, solved step by step, with slips.
+
+A problem is `7+2-5=?`. The scribe writes one step after another and boxes the last result:
+
+    so 7+2=9, then 9-5=4, thus \\boxed{4}
+
+Connecting words vary freely (style that no reward asks to give up). A step is wrong with chance
+SLIP_ADDING or SLIP_SUBTRACTING; after a slip the scribe goes on from the wrong result. So the
+chance of a correct answer falls with the length of the chain, from about 0.9 to about 0.1, and
+the generator knows which token went wrong first.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+
+SLIP_ADDING = 0.07
+SLIP_SUBTRACTING = 0.26
+MAX_STEPS = 7
+MAX_TOTAL = 9
+CONNECTORS = ("", "so ", "then ")
+SEPARATOR = ", "
+CLOSINGS = ("", "thus ")
+ALPHABET = sorted(set("".join((*CONNECTORS, SEPARATOR, *CLOSINGS)) + "0123456789+-=?\n\\boxed{}"))
+
+PROBLEM = re.compile(r"\d+([+-]\d+)+=\?")
+CONNECTOR = re.compile(f"(?:{'|'.join(CONNECTORS[1:])})?")
+CLOSING = re.compile(f"(?:{'|'.join(CLOSINGS[1:])})?")
+
+
+def make_problem(rng: random.Random) -> str:
+    """A chain of 1 to MAX_STEPS operations whose results stay within 0 ... MAX_TOTAL."""
+    total = rng.randint(0, MAX_TOTAL)
+    text = str(total)
+    for _ in range(rng.randint(1, MAX_STEPS)):
+        operand = rng.choice([x for x in range(-total, MAX_TOTAL - total + 1) if x])
+        total += operand
+        text += f"{operand:+d}"
+    return text + "=?"
+
+
+def solve(problem: str) -> list[tuple[int, int, int]]:
+    """The correct steps (before, signed operand, after)."""
+    numbers = [int(x) for x in re.findall(r"[+-]?\d+", problem.removesuffix("=?"))]
+    steps, total = [], numbers[0]
+    for operand in numbers[1:]:
+        steps.append((total, operand, total + operand))
+        total += operand
+    return steps
+
+
+def write_solution(problem: str, rng: random.Random, slips: float = 1.0) -> str:
+    """A worked solution, as the scribe writes it; `slips` scales the chance of each slip."""
+    steps, text = solve(problem), ""
+    total = steps[0][0]
+    for _, operand, _ in steps:
+        before, total = total, slip(total, operand, slips, rng)
+        text += f"{rng.choice(CONNECTORS)}{before}{operand:+d}={total}{SEPARATOR}"
+    return text + f"{rng.choice(CLOSINGS)}\\boxed{{{total}}}"
+
+
+def slip(before: int, operand: int, slips: float, rng: random.Random) -> int:
+    """before + operand, or a near miss."""
+    after = before + operand
+    chance = slips * (SLIP_ADDING if operand > 0 else SLIP_SUBTRACTING)
+    return after + rng.choice((-2, -1, 1, 2)) if rng.random() < chance else after
+
+
+def first_wrong_character(problem: str, response: str) -> int:
+    """Place in `response` of the first character that no correct solution has there; -1: none.
+
+    Style is followed as it comes; numbers and signs must be those of the correct chain."""
+    position = 0
+
+    def expect(text: str) -> bool:
+        nonlocal position
+        for character in text:
+            if response[position : position + 1] != character:
+                return False
+            position += 1
+        return True
+
+    def skip(style: re.Pattern[str]) -> None:
+        nonlocal position
+        position = style.match(response, position).end()  # matches the empty word too
+
+    steps = solve(problem)
+    for before, operand, after in steps:
+        skip(CONNECTOR)
+        if not expect(f"{before}{operand:+d}={after}{SEPARATOR}"):
+            return _at(position, response)
+    skip(CLOSING)
+    if not expect(f"\\boxed{{{steps[-1][2]}}}"):
+        return _at(position, response)
+    return -1 if position == len(response) else position
+
+
+def _at(position: int, response: str) -> int:
+    """A response that merely ended too early has no wrong character."""
+    return position if position < len(response) else -1

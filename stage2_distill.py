@@ -1,0 +1,393 @@
+"""Stage 2: start at the base again and follow the signals as far as a trust region allows.
+
+    target_t = clip(scale signal_t, -c, c)
+    log_ratio_t = log policy(y_t) - log base(y_t)     r_t = exp(log_ratio_t)
+
+    regression  (log_ratio_t - target_t)^2               a clipped regression: no signal, no move
+    pg          -min(r_t target_t, clip(r_t) target_t)   clipped policy gradient; A: the signal
+    forward_kl  KL(teacher || policy), whole vocabulary  plain distillation baselines: clone the
+    reverse_kl  KL(policy || teacher), whole vocabulary  teacher (need --teacher, read no signal)
+    + kl_coef KL                                         per token at the prefixes the base visited
+
+Trust region: signal clip c, ratio clip (pg), probability-difference mask (pg), KL penalty, and a KL
+budget in nats a response: sum_t r - 1 - log r on responses to *held-out problems of the rollouts*,
+never trained on. It is a proxy, at the base's prefixes; the KL that is reported is evaluate.py's,
+on the student's own samples. Past the budget the run goes back to its last policy within it, and
+ends (stop) or goes on with half the learning rate (rollback).
+
+Reads   --base (a model folder), --rollouts (of evaluate.py), --signals (of build_signals.py, for
+        the same rollouts).
+Writes  OUTPUT/ the student as a Hugging Face folder, args.json, metrics.jsonl (docs/stage2.md names
+        every key), and while it runs checkpoints/resume-STEP: the same command continues there and
+        ends with the same bits on the CPU.
+
+What is not known of the paper (2605.25582): its trust-region rule and the pair of distillation
+objectives it compares. The defaults are measured on examples/arithmetic.
+
+    python stage2_distill.py --base B --rollouts D --signals F --objective regression --output S
+    torchrun --nproc-per-node 8 stage2_distill.py --base B --rollouts D --signals F --output S
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from common import (  # isort: skip
+    MetricsLog, Policy, Ranks, Rollouts, Row, UserError, check_sampling, check_vocabulary,
+    chunked_kl, epoch_batches, fingerprint, kl_penalty, load_checkpoint, load_policy,
+    load_rollouts, load_tensors, load_tokenizer, make_optimizer, make_row, mean_metrics,
+    model_folder, optimizer_step, pack, progress, require, row_logprobs, run, safe_exp,
+    save_checkpoint, save_model, score, setup_ranks, start_run,
+)  # fmt: skip
+
+ARRAYS = ("behavior_logprobs", "base_logprobs", "signal")  # what is read of a signals file
+MIN_LEARNING_RATE_FACTOR = 1 / 16  # rollback: at the fourth halving the budget is spent
+
+
+@dataclass
+class Args:
+    base: str
+    """base policy: where the student starts, and what its KL is measured from"""
+    rollouts: Path
+    """folder written by evaluate.py: the same fixed data as stage 1"""
+    output: Path
+    """run folder; the student is in it; the same command continues an interrupted run"""
+    signals: Path | None = None
+    """file written by build_signals.py for these rollouts"""
+    teacher: str | None = None
+    """policy to clone, for forward_kl and reverse_kl"""
+
+    objective: Literal["regression", "pg", "forward_kl", "reverse_kl"] = "regression"
+    """objective, see the top of this page"""
+    signal_scale: float = 1.0
+    """factor on the signal (lambda of G-OPD, whose scripts use 1 and 1.25)"""
+    signal_clip: float = 2.0
+    """c, bound of the scaled signal, nats a token (measured)"""
+    clip_low: float = 0.2
+    """eps_low of pg: ratios are clipped at 1 - eps_low (PPO)"""
+    clip_high: float = 0.28
+    """eps_high of pg: ratios are clipped at 1 + eps_high (DAPO's clip-higher)"""
+    prob_mask: float | None = None
+    """pg: drop tokens whose probability moved further than this along the signal (DPPO: 0.2)"""
+    kl_coef: float = 0.0
+    """weight of the KL between base and policy, in nats a response"""
+    kl_direction: Literal["forward", "reverse"] = "forward"
+    """forward: KL(base || policy); reverse: KL(policy || base)"""
+    kl_budget: float | None = None
+    """KL proxy the student may spend, nats a response; default: no budget"""
+    kl_budget_action: Literal["stop", "rollback"] = "stop"
+    """past the budget: end with the last policy within it, or go on from it at half the rate"""
+    kl_every: int = 16
+    """steps between measurements of the KL proxy; one also ends every run"""
+    kl_holdout: float = 0.05
+    """share of the problems held out of training to measure the KL proxy on"""
+
+    epochs: int = 2
+    """passes over the fixed data"""
+    batch_size: int = 256
+    """responses per optimiser step, over all ranks and micro-batches"""
+    micro_batch_tokens: int = 8192
+    """token budget of a packed row; changes memory and speed, never the objective"""
+    learning_rate: float = 1e-6
+    """peak learning rate of AdamW (1e-6: common in RL; the arithmetic example uses 3e-4)"""
+    warmup_steps: int = 10
+    """steps of linear warm-up, then constant"""
+    weight_decay: float = 0.0
+    """decoupled weight decay of AdamW"""
+    max_grad_norm: float = 1.0
+    """global gradient norm is clipped to this (common default)"""
+    force: bool = False
+    """train on rollouts that were sampled with top-p below 1"""
+    seed: int = 0
+    """choice of the held-out problems and order of the responses in each epoch"""
+
+    def check(self) -> None:
+        """Raises UserError on impossible combinations."""
+        clones = self.objective in ("forward_kl", "reverse_kl")
+        if clones and not self.teacher:
+            raise UserError(f"--objective {self.objective} clones a policy over the whole "
+                            "vocabulary; name it with --teacher")  # fmt: skip
+        if clones and self.signals:
+            raise UserError(f"--objective {self.objective} reads no signal; "
+                            "drop --signals or use regression or pg")  # fmt: skip
+        if not clones and not self.signals:
+            needed = "needs --signals, a file of build_signals.py"
+            raise UserError(f"--objective {self.objective} {needed}")
+        if not clones and self.teacher:
+            raise UserError(f"--teacher is not read by --objective {self.objective}; "
+                            "its signal is in --signals")  # fmt: skip
+        if self.prob_mask is not None and self.objective != "pg":
+            raise UserError("--prob-mask belongs to --objective pg")
+        if self.kl_budget is not None and not self.kl_budget > 0:
+            raise UserError(f"--kl-budget {self.kl_budget}: must be above 0 nats")
+        counts = "epochs batch_size micro_batch_tokens kl_every"
+        require(self, counts, lambda v: v >= 1, "1 or more")
+        require(self, "learning_rate signal_clip max_grad_norm", lambda v: v > 0, "above 0")
+        require(self, "kl_coef weight_decay warmup_steps clip_high", lambda v: v >= 0, "0 or more")
+        require(self, "clip_low", lambda v: 0 <= v <= 1, "between 0 and 1")
+        require(self, "kl_holdout", lambda v: 0 < v < 1, "between 0 and 1")
+        require(self, "signal_scale", math.isfinite, "finite")
+
+
+# --------------------------------------------------------------------------------------------------
+# The mathematics. T tokens of one packed row; an objective returns an unnormalised sum, the loop
+# divides.
+
+
+@dataclass(frozen=True)
+class DistillInputs:
+    """What an objective may look at."""
+
+    policy_logprobs: Tensor  # [T] float32, carries the gradient; zero on prompts
+    behavior_logprobs: Tensor  # [T] float32; zero on prompts
+    base_logprobs: Tensor  # [T] float32; zero on prompts
+    signal: Tensor  # [T] float32, zero on prompts
+    response_mask: Tensor  # [T] bool
+    teacher_kl: Tensor  # [T] whole-vocabulary KL to the teacher; zero for regression and pg
+
+
+LossOutput = tuple[Tensor, dict[str, Tensor]]  # unnormalised sum; {metric: tensor [sum, count]}
+
+
+def clipped_signal(signal: Tensor, signal_scale: float, signal_clip: float) -> Tensor:
+    """clip(scale signal, -c, c): no token is asked to move further than c nats."""
+    return (signal_scale * signal).clamp(-signal_clip, signal_clip)
+
+
+def regression_loss(
+    x: DistillInputs, *, signal_scale: float, signal_clip: float, **_: Any
+) -> LossOutput:
+    """(log policy - log base - target)^2: without signal the student is held at the base."""
+    target = clipped_signal(x.signal, signal_scale, signal_clip)
+    error = (x.policy_logprobs - x.base_logprobs - target) * x.response_mask
+    return error.square().sum(), {}
+
+
+def pg_loss(
+    x: DistillInputs, *, signal_scale: float, signal_clip: float, clip_low: float, clip_high: float,
+    prob_mask: float | None, **_: Any,
+) -> LossOutput:  # fmt: skip
+    """-min(r A, clip(r) A), A = target, r against the behavior policy, inside the trust region."""
+    advantages = clipped_signal(x.signal, signal_scale, signal_clip)
+    ratio = safe_exp(x.policy_logprobs - x.behavior_logprobs)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    keep = x.response_mask
+    if prob_mask is not None:  # DPPO: distance in probability: rare tokens not clipped for noise
+        moved = x.policy_logprobs.detach().exp() - x.behavior_logprobs.exp()
+        keep = keep & (moved * advantages.sign() <= prob_mask)
+    loss = -(torch.minimum(ratio * advantages, clipped * advantages) * keep).sum()
+    bound = ((clipped * advantages < ratio * advantages) | ~keep) & x.response_mask
+    return loss, {"clip_share": torch.stack([bound.sum(), x.response_mask.sum()])}
+
+
+def clone_loss(x: DistillInputs, **_: Any) -> LossOutput:
+    """Sum of the whole-vocabulary divergence; its direction was chosen in the forward."""
+    return x.teacher_kl.sum(), {}
+
+
+# Each is divided by the response tokens of the global batch.
+OBJECTIVES: dict[str, Callable[..., LossOutput]] = {
+    "regression": regression_loss,
+    "pg": pg_loss,
+    "forward_kl": clone_loss,
+    "reverse_kl": clone_loss,
+}
+
+
+@torch.no_grad()
+def diagnostics(
+    x: DistillInputs, entropy: Tensor, signal_scale: float, signal_clip: float
+) -> dict[str, Tensor]:
+    """What one watches while a student moves -> {name: [sum, count]}."""
+    log_ratio, mask = x.policy_logprobs - x.base_logprobs, x.response_mask
+    target = clipped_signal(x.signal, signal_scale, signal_clip)
+
+    def mean(values: Tensor, where: Tensor) -> Tensor:
+        return torch.stack([(values * where).sum(), where.sum()])
+
+    return {
+        "ratio": mean(safe_exp(log_ratio), mask),
+        "entropy": mean(entropy, mask),
+        "signal_clipped": mean((target.abs() >= signal_clip).float(), mask),
+        "log_ratio_credit": mean(log_ratio, mask & (target > 0)),  # follows the signal up ...
+        "log_ratio_blame": mean(log_ratio, mask & (target < 0)),  # ... and down
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Data
+
+
+def load_signals(args: Args, rollouts: Rollouts) -> dict[str, Tensor]:
+    """signal, base_logprobs and behavior_logprobs -> {name: [N] float32}.
+
+    Raises UserError where the file belongs to other rollouts or another base."""
+    tensors, metadata = load_tensors(args.signals, dict.fromkeys(ARRAYS, torch.float32))
+    if metadata.get("rollouts") != fingerprint(rollouts.path):
+        raise UserError(f"--signals {args.signals}: made for other rollouts than {rollouts.path}; "
+                        "run build_signals.py on these")  # fmt: skip
+    made_with = metadata["models"]["base"]
+    if made_with["fingerprint"] != fingerprint(model_folder(args.base)):
+        raise UserError(f"--signals {args.signals}: made with base {made_with['path']}, "
+                        f"not --base {args.base}; run build_signals.py with it")  # fmt: skip
+    for name in ARRAYS:
+        if tensors[name].shape != rollouts.tokens.shape or not tensors[name].isfinite().all():
+            raise UserError(f"--signals {args.signals}: '{name}' is not finite or not aligned with "
+                            "the rollouts; make it again")  # fmt: skip
+    return {name: tensors[name] for name in ARRAYS}
+
+
+def split_problems(rollouts: Rollouts, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Numbers of the responses to train on, and of those to problems held out for the KL budget."""
+    n_problems = int(rollouts.problem_index.max()) + 1
+    held_out = max(1, round(share * n_problems))
+    if held_out >= n_problems:
+        raise UserError(f"--kl-holdout {share}: leaves none of {n_problems} problems to train on")
+    order = torch.randperm(n_problems, generator=torch.Generator().manual_seed(seed))
+    chosen = torch.isin(rollouts.problem_index.long(), order[:held_out])
+    return (~chosen).nonzero()[:, 0], chosen.nonzero()[:, 0]
+
+
+@torch.no_grad()
+def measure_kl_proxy(
+    policy: Policy, rollouts: Rollouts, held_out: Tensor, base_logprobs: Tensor,
+    temperature: float, args: Args, ranks: Ranks,
+) -> float:  # fmt: skip
+    """sum_t r - 1 - log r, mean over held-out responses, nats: KL(base || policy) there."""
+    total = torch.zeros((), device=ranks.device)
+    lengths = rollouts.lengths[held_out].tolist()
+    for members in pack(lengths, args.micro_batch_tokens, ranks.world_size)[ranks.rank]:
+        row = make_row(rollouts, held_out[members].tolist(), ranks.device)
+        base = base_logprobs[row.flat].to(ranks.device)
+        log_ratio = row_logprobs(policy, row, temperature)[0] - base
+        total += (kl_penalty(log_ratio, "forward") * row.response_mask).sum()
+    return ranks.sum(total).item() / len(held_out)
+
+
+def forward_row(
+    policy: Policy, teacher: Policy | None, row: Row, temperature: float, objective: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Student log-probs, entropy, divergence from the teacher (zero without one): three [T]."""
+    if teacher is None:
+        logprobs, entropy = row_logprobs(policy, row, temperature)
+        return logprobs, entropy, torch.zeros_like(entropy)
+    with torch.no_grad():
+        teacher_hidden, teacher_weight = teacher(row, lambda hidden, weight: (hidden, weight))
+
+    def divergence(hidden: Tensor, weight: Tensor) -> Tensor:
+        pair = (teacher_hidden, teacher_weight), (hidden, weight)
+        (p, p_weight), (q, q_weight) = pair if objective == "forward_kl" else pair[::-1]
+        return chunked_kl(p, p_weight, q, q_weight, temperature)
+
+    return row_logprobs(policy, row, temperature, divergence)
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def main(args: Args) -> None:
+    args.check()
+    ranks = setup_ranks()
+    torch.manual_seed(args.seed)
+    rollouts = load_rollouts(args.rollouts)
+    temperature = check_sampling(rollouts, args.force)
+    inputs = {"base": fingerprint(model_folder(args.base)), "rollouts": fingerprint(rollouts.path)}
+    teacher = None
+    if args.signals:
+        arrays = load_signals(args, rollouts)
+        inputs["signals"] = fingerprint(args.signals)
+    else:
+        inputs["teacher"] = fingerprint(model_folder(args.teacher))
+        teacher = load_policy(args.teacher, ranks, train=False)
+    check_vocabulary([args.base] + [args.teacher] * bool(args.teacher), rollouts)
+    trained, held_out = split_problems(rollouts, args.kl_holdout, args.seed)
+    tokenizer = load_tokenizer(args.base)
+    policy = load_policy(args.base, ranks, train=True)
+    if not start_run(args.output, args, inputs, ranks):
+        return
+    if teacher is not None:
+        row_budget, what = args.micro_batch_tokens, "score the base"
+        base = score(policy, rollouts, temperature, row_budget, ranks, what)
+        arrays = dict.fromkeys(ARRAYS, base) | {"signal": torch.zeros_like(base)}
+
+    optimizer = make_optimizer(policy, args.learning_rate, args.weight_decay)
+    state = load_checkpoint(args.output, policy, optimizer, ranks)
+    state = state or {"step": 0, "learning_rate_factor": 1.0}
+    step = state["step"]
+    log = MetricsLog(args.output, step, ranks)
+    steps_per_epoch = -(-len(trained) // args.batch_size)
+    total_steps = args.epochs * steps_per_epoch
+    loss_function = OBJECTIVES[args.objective]
+    bar = progress(ranks, total_steps, step, f"stage 2 {args.objective}")
+    if step == 0:
+        save_checkpoint(args.output, state, policy, optimizer, ranks)  # the base: in any budget
+
+    while step < total_steps and state["learning_rate_factor"] > MIN_LEARNING_RATE_FACTOR:
+        epoch, within = divmod(step, steps_per_epoch)
+        batch = trained[epoch_batches(len(trained), args.batch_size, args.seed, epoch)[within]]
+        # One count over the global batch: neither micro-batches nor ranks change the objective.
+        n_tokens, n_responses = int(rollouts.response_lens[batch].sum()), len(batch)
+        lengths = rollouts.lengths[batch].tolist()
+        rows = pack(lengths, args.micro_batch_tokens, ranks.world_size)[ranks.rank]
+        sums: dict[str, Tensor] = {}
+        for members in rows:
+            row = make_row(rollouts, batch[members].tolist(), ranks.device)
+            policy_logprobs, entropy, teacher_kl = forward_row(
+                policy, teacher, row, temperature, args.objective
+            )
+            mask = row.response_mask
+            behavior, base, signal = (arrays[k][row.flat].to(ranks.device) * mask for k in ARRAYS)
+            x = DistillInputs(policy_logprobs, behavior, base, signal, mask, teacher_kl)
+            loss_sum, metrics = loss_function(x, **vars(args))
+            loss = loss_sum / n_tokens
+            if args.kl_coef:
+                kl = kl_penalty(policy_logprobs - base, args.kl_direction)
+                kl_sum = (kl * mask).sum()
+                loss = loss + args.kl_coef * kl_sum / n_responses
+            (loss * ranks.world_size).backward()  # FSDP averages over ranks; the objective is a sum
+            metrics |= diagnostics(x, entropy, args.signal_scale, args.signal_clip)
+            share = 1 / (len(rows) * ranks.world_size)  # so that the micro-batches' losses add up
+            metrics["loss"] = torch.stack([loss.detach(), loss.new_tensor(share)])
+            sums = {name: sums.get(name, 0) + value for name, value in metrics.items()}
+
+        warmup = min(1.0, (step + 1) / max(1, args.warmup_steps))
+        learning_rate = args.learning_rate * warmup * state["learning_rate_factor"]
+        grad_norm = optimizer_step(policy, optimizer, learning_rate, args.max_grad_norm)
+        step += 1
+        state["step"] = step
+        values = mean_metrics(sums, ranks) | {"grad_norm": grad_norm}
+        bar.update()
+
+        if step % args.kl_every == 0 or step == total_steps:
+            base = arrays["base_logprobs"]
+            spent = measure_kl_proxy(policy, rollouts, held_out, base, temperature, args, ranks)
+            values["kl_proxy"] = spent
+            bar.set_postfix(kl_proxy=f"{spent:.3f}", refresh=False)
+            budget = math.inf if args.kl_budget is None else args.kl_budget
+            within_budget = math.isfinite(spent) and spent <= budget
+            if not within_budget:
+                # To the last policy within the budget.
+                good = load_checkpoint(args.output, policy, optimizer, ranks)["step"]
+                ranks.print(f"step {step}: KL proxy {spent:.3f} nats is past the budget of "
+                            f"{budget}; back to the policy of step {good}")  # fmt: skip
+                state["learning_rate_factor"] /= 2
+        done = {"step": step, "epoch": step / steps_per_epoch, "learning_rate": learning_rate}
+        log.write(done | values)
+        if "kl_proxy" in values and (within_budget or args.kl_budget_action == "rollback"):
+            save_checkpoint(args.output, state, policy, optimizer, ranks)  # its line is logged
+        if args.kl_budget_action == "stop" and state["learning_rate_factor"] < 1:
+            break
+
+    bar.close()
+    save_model(policy, tokenizer, args.output, ranks)
+
+
+if __name__ == "__main__":
+    run(main, Args, __doc__)

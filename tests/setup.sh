@@ -1,0 +1,36 @@
+# Sourced by tests/run.sh and examples/arithmetic/run.sh from the repository root. Makes the virtual
+# environment .venv (or the folder that ERPD_VENV names), installs requirements.txt where it changed
+# since the last time, and sets PYTHON to the environment's interpreter. Bash 3.2 will do.
+
+erpd_fail() {
+  echo "error: $1" >&2
+  exit 2
+}
+
+erpd_venv=${ERPD_VENV:-.venv}
+case $erpd_venv in /*) ;; *) erpd_venv=$PWD/$erpd_venv ;; esac
+PYTHON=$erpd_venv/bin/python
+erpd_stamp=$erpd_venv/requirements-installed.txt # a copy of the requirements that are in it
+
+if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
+  erpd_python=
+  for candidate in python3 python3.13 python3.12 python3.11; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+      erpd_python=$candidate
+      break
+    fi
+  done
+  [ -n "$erpd_python" ] || erpd_fail "no Python 3.11 or newer found; install one, or put it on PATH"
+  "$erpd_python" -c 'import venv, ensurepip' >/dev/null 2>&1 ||
+    erpd_fail "$erpd_python lacks the venv module; install it (Debian, Ubuntu: apt install python3-venv)"
+  echo "setup: making $erpd_venv with $("$erpd_python" --version)"
+  "$erpd_python" -m venv "$erpd_venv" || erpd_fail "$erpd_venv: cannot make it; check path and free space"
+fi
+
+if ! cmp -s requirements.txt "$erpd_stamp"; then
+  echo "setup: installing requirements.txt into $erpd_venv (torch is large: minutes the first time)"
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt ||
+    erpd_fail "pip could not install requirements.txt: above stands which package; check network and free space"
+  cp requirements.txt "$erpd_stamp"
+fi
+echo "setup: $("$PYTHON" --version) in $erpd_venv"

@@ -1,0 +1,217 @@
+"""Tests of meaning for examples/report.py: paths, intervals, tokens, and one whole page."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import report
+import torch
+
+import common
+
+SAMPLING = {"n": 8, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 128, "seed": 0}
+
+
+def rows(*values):
+    """One bootstrap row."""
+    return np.array([values], dtype=float)
+
+
+def make_rollouts(path, rewards, n, **extra):
+    """S responses of a prompt of two tokens and a response of three."""
+    s = len(rewards)
+    return common.Rollouts(
+        path, {}, tokens=torch.arange(5 * s, dtype=torch.int32) % 7,
+        cu_seqlens=5 * torch.arange(s + 1), prompt_lens=torch.full((s,), 2, dtype=torch.int32),
+        rewards=torch.tensor(rewards, dtype=torch.float32),
+        problem_index=(torch.arange(s) // n).int(),
+        truncated=torch.zeros(s, dtype=torch.bool), **extra,
+    )  # fmt: skip
+
+
+def make_evaluation(folder, model, accuracy, kl, problems=60, n=8, seed=0, **sampling):
+    """A folder of evaluate.py: verdicts of a given mean, KLs around a given one (base: None)."""
+    generator = torch.Generator().manual_seed(seed)
+    rewards = torch.rand(problems * n, generator=generator) < accuracy
+    rollouts = make_rollouts(folder / "rollouts.safetensors", rewards.tolist(), n)
+    common.save_rollouts(rollouts)
+    common.write_jsonl(
+        folder / "problems.jsonl",
+        [{"id": f"test-{i}", "problem": f"{i}+1=?", "answer": str(i + 1)} for i in range(problems)],
+    )
+    metrics = {"accuracy": [rewards.float().mean().item(), 0.02]}
+    if kl is not None:
+        values = kl * (0.5 + torch.rand(problems * n, generator=generator))
+        arrays = {"kl": values, "response": torch.arange(problems * n)}
+        common.save_tensors(folder / "kl.safetensors", arrays, {})
+        metrics |= {"kl": [values.mean().item(), 0.05 * kl], "kl_efficiency": [None, None]}
+    summary = {"model": model, "sampling": SAMPLING | {"n": n} | sampling, "metrics": metrics}
+    common.write_json(folder / "metrics.json", summary)
+
+
+def make_run(run):
+    """A run folder with a base, one path that peaks and falls, and one student; no signals."""
+    make_evaluation(run / "eval/base", "base", 0.5, None)
+    make_evaluation(run / "curve/base", "base", 0.5, None, problems=30, n=4, seed=1)
+    for epoch, accuracy, kl in [(0.5, 0.6, 0.5), (1, 0.7, 1.5), (2, 0.4, 10)]:
+        folder, model = (
+            run / f"curve/ce/epoch-{epoch:07.3f}",
+            f"x/stage1/ce/checkpoints/epoch-{epoch}",
+        )
+        make_evaluation(folder, model, accuracy, kl, problems=30, n=4, seed=2)
+    make_evaluation(run / "eval/ce", "x/stage1/ce", 0.4, 10.0, seed=3)
+    make_evaluation(run / "eval/student_strong", "x/students/strong", 0.9, 0.6, seed=4)
+    names = {name for _, keys, _ in report.DYNAMICS for name in keys}
+    lines = [{"step": i, "epoch": i / 10} | dict.fromkeys(names, 0.1 * i) for i in range(1, 21)]
+    lines[0]["log_ratio_wrong"] = math.nan
+    common.write_jsonl(run / "stage1/ce/metrics.jsonl", lines)
+    common.write_json(
+        run / "stage1/ce/args.json", {"args": {"loss": "ce", "invert_rewards": False}}
+    )
+
+
+def test_accuracy_at_kl_takes_the_best_of_the_segments_that_cover_it():
+    path = rows(0, 2, 1), rows(0.5, 0.7, 0.8)  # out to 2 nats and back to 1
+    at = lambda kl: report.accuracy_at_kl(*path, np.array([kl]))[0]  # noqa: E731
+    assert at(0.5) == pytest.approx(0.55)  # only the way out covers it
+    assert at(1.5) == pytest.approx(0.75)  # the way back is better than 0.65
+    assert at(9.0) == pytest.approx(0.8)  # beyond the path: its best so far
+    assert at(0.0) == pytest.approx(0.5)
+
+
+def test_accuracy_at_kl_of_a_falling_path_is_what_it_has_there_and_its_best_beyond():
+    path = rows(0, 1, 3), rows(0.5, 0.7, 0.3)
+    assert report.accuracy_at_kl(*path, np.array([2.0]))[0] == pytest.approx(0.5)
+    assert report.accuracy_at_kl(*path, np.array([3.1]))[0] == pytest.approx(0.7)
+
+
+def test_accuracy_at_kl_on_a_segment_without_width_is_its_better_end():
+    path = rows(0, 1, 1, 2), rows(0.5, 0.6, 0.9, 0.7)
+    assert report.accuracy_at_kl(*path, np.array([1.0]))[0] == pytest.approx(0.9)
+
+
+def test_kl_at_accuracy_is_where_the_path_first_gets_there():
+    path = rows(0, 1, 3, 4), rows(0.5, 0.7, 0.6, 0.8)
+    at = lambda a: report.kl_at_accuracy(*path, np.array([a]))[0]  # noqa: E731
+    assert at(0.6) == pytest.approx(0.5)  # the first crossing, not the one at 3 nats
+    assert at(0.75) == pytest.approx(3.75)
+    assert at(0.4) == 0  # the base is there already
+    assert at(0.9) == math.inf
+
+
+def test_paths_are_vectorised_over_resamples():
+    generator = np.random.default_rng(0)
+    kl, accuracy = generator.uniform(0, 3, (50, 6)), generator.uniform(0, 1, (50, 6))
+    kl[:, 0] = 0
+    x, a = generator.uniform(0, 4, 50), generator.uniform(0, 1, 50)
+    for f, at in [(report.accuracy_at_kl, x), (report.kl_at_accuracy, a)]:
+        one_by_one = [f(kl[i : i + 1], accuracy[i : i + 1], at[i : i + 1])[0] for i in range(50)]
+        np.testing.assert_allclose(f(kl, accuracy, at), one_by_one)
+
+
+def test_bootstrap_interval_covers_like_the_standard_error():
+    generator = np.random.default_rng(1)
+    values = generator.normal(0.3, 1, 400)
+    weights = report.bootstrap_weights(400, 2000, 0)
+    assert (weights.sum(1) == 400).all() and (weights[0] == 1).all()
+    low, high = report.interval(report.resampled(weights, values, np.ones(400)))
+    error = values.std() / 20
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert (low + high) / 2 == pytest.approx(values.mean(), abs=0.2 * error)
+
+
+def test_interval_end_at_infinity_is_open():
+    values = np.array([1.0] + [1.0] * 50 + [math.inf] * 50)
+    assert report.interval(values) == [1.0, None]
+    assert report.interval(np.full(11, math.nan)) == [None, None]
+
+
+def test_a_policy_against_its_own_evaluation_differs_by_exactly_nothing(tmp_path):
+    make_evaluation(tmp_path / "a", "students/a", 0.7, 1.0)
+    a = report.load_evaluation(tmp_path / "a", "student_a")
+    row = report.compare_with_policy(a, dataclasses.replace(a, name="b"), 200, 0)
+    assert row["accuracy_difference"] == 0 and row["accuracy_difference_ci"] == [0, 0]
+    assert row["kl_ratio"] == 1 and row["kl_ratio_ci"] == [1, 1]  # paired: the noise is shared
+    assert row["pass_at_8_difference_ci"] == [0, 0]
+
+
+def test_only_shared_problems_are_compared(tmp_path):
+    make_evaluation(tmp_path / "a", "students/a", 0.7, 1.0, problems=60)
+    make_evaluation(tmp_path / "b", "stage1/b", 0.7, 1.0, problems=30, n=4)
+    a, b = (report.load_evaluation(tmp_path / name, name) for name in "ab")
+    row = report.compare_with_policy(a, b, 100, 0)
+    assert row["problems"] == 30
+    assert row["student_accuracy"] == pytest.approx((a.correct / a.count)[:30].mean())
+    assert row["pass_at_8_difference"] is None  # four samples cannot tell
+    stranger = dataclasses.replace(b, problems=[("other", "1+1=?")] * 30)
+    with pytest.raises(common.UserError, match="share no problem"):
+        report.compare_with_policy(a, stranger, 100, 0)
+
+
+def test_finite_leaves_no_nan():
+    value = {"a": math.nan, "b": [1.0, -math.inf, {"c": 2}], "d": "x"}
+    assert report.finite(value) == {"a": None, "b": [1.0, None, {"c": 2}], "d": "x"}
+
+
+def test_pairs_are_a_correct_and_a_wrong_response_of_one_problem():
+    rewards = [1, 1, 0, 0, 1, 0, 0, 1]  # four problems, two responses each
+    marks = torch.tensor([-1, -1, 2, -1, -1, 3, 4, -1], dtype=torch.int32)
+    rollouts = make_rollouts(Path("x"), rewards, 2, first_wrong_token=marks)
+    assert report.pick_pairs(rollouts, 9) == [(4, 5), (7, 6)]  # others agree with themselves
+    assert report.pick_pairs(rollouts, 1) == [(4, 5)]
+
+
+def test_token_window_holds_the_marked_token():
+    assert list(report.token_window(5, -1, 9)) == [0, 1, 2, 3, 4]
+    assert list(report.token_window(100, 3, 10)) == list(range(10))
+    for marked in (50, 99):
+        window = report.token_window(100, marked, 10)
+        assert marked in window and len(window) == 10
+
+
+def test_response_html_escapes_and_marks():
+    page = report.response_html(
+        ["<b>", "&", "\n"], [2.0, -1.0, 0.0], [{"base": 0.5}, {}, {}], 1, 2.0
+    )
+    assert "<b>" not in page and "&lt;b&gt;" in page and "&amp;" in page
+    assert page.count('class="c"') == 1 and page.count('class="b w"') == 1
+    assert "--s:1.00" in page and "--s:0.50" in page and "base 0.500" in page
+
+
+def test_whole_report(tmp_path, capsys):
+    run = tmp_path / "seed0"
+    make_run(run)
+    report.main(report.Args(run, resamples=200))
+    text = (run / "summary.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    summary = json.loads(text)
+    assert [row["name"] for row in summary["policies"]] == ["base", "ce", "student_strong"]
+    assert summary["policies"][0]["kl"] == 0
+    assert [(p["run"], p["epoch"]) for p in summary["curve"]] == [
+        ("base", 0),
+        ("ce", 0.5),
+        ("ce", 1),
+        ("ce", 2),
+    ]
+    path = next(row for row in summary["comparisons"] if row["kind"] == "path")
+    assert path["accuracy_difference"] > 0.1 and path["accuracy_difference_ci"][0] > 0
+    assert path["kl_ratio"] is None and path["kl_ratio_reason"] == "never reached"
+    assert path["problems"] == 30
+    page = (run / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 and "http" not in page
+    assert "above the best early-stopping path" in page
+    assert capsys.readouterr().out.splitlines()[-1] == str(run / "report.html")
+
+
+def test_bad_input_is_named(tmp_path):
+    with pytest.raises(common.UserError, match="no such folder"):
+        report.main(report.Args(tmp_path / "missing"))
+    with pytest.raises(common.UserError, match="evaluate.py --model"):
+        report.main(report.Args(tmp_path))
+    make_evaluation(tmp_path / "eval/base", "base", 0.5, None)
+    make_evaluation(tmp_path / "eval/ce", "stage1/ce", 0.6, 1.0, temperature=0.7)
+    with pytest.raises(common.UserError, match="temperature 0.7, but 1.0"):
+        report.main(report.Args(tmp_path))

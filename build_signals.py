@@ -22,7 +22,7 @@ responses.
 Killed and started again, it keeps the policies already scored. Several ranks share the scoring.
 
     python build_signals.py --rollouts D --base B --teachers T1 T2 --weights .5 .5 --output F
-    torchrun --nproc-per-node 8 build_signals.py --rollouts D --base B --teachers T --output F
+    torchrun --nproc-per-node 8 -- build_signals.py --rollouts D --base B --teachers T --output F
 """
 
 from __future__ import annotations
@@ -227,6 +227,7 @@ def main(args: Args) -> None:
         if load_tensors(args.output, {})[1] != metadata | {"format": FORMAT_VERSION}:
             raise UserError(f"--output {args.output}: holds signals of other inputs; "
                             "choose another name or delete it")  # fmt: skip
+        shutil.rmtree(args.output.with_name(args.output.name + ".parts"), ignore_errors=True)
         ranks.print(f"{args.output} is complete; nothing to do")
         return
 
@@ -237,7 +238,7 @@ def main(args: Args) -> None:
         arrays = {f"{role}_logprobs": scored[model].clone() for role, model in roles.items()}
         write_json(args.output.with_suffix(".json"), report | metadata)
         save_tensors(args.output, arrays | {"signal": signal}, metadata)
-        shutil.rmtree(args.output.with_name(args.output.name + ".parts"))
+        shutil.rmtree(args.output.with_name(args.output.name + ".parts"), ignore_errors=True)
     print_report(report, args.output, ranks)
 
 

@@ -19,6 +19,7 @@ import math
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+
+# One process without a process group is a way to run, not an oversight.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 FORMAT_VERSION = 1
 HEAD_CHUNK_ELEMENTS = 2**27  # logits held at once by the chunked head: 512 MiB in float32
@@ -110,6 +114,8 @@ def setup_ranks() -> Ranks:
         torch.cuda.set_device(local_rank)
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
+    elif cuda and not dist.is_initialized():  # FSDP's mixed precision, with one GPU too
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     return Ranks(int(os.environ.get("RANK", "0")), world_size, device)
 
@@ -530,11 +536,12 @@ class Policy(nn.Module):
 
 
 def load_policy(name: str, ranks: Ranks, train: bool) -> Policy:
-    """Loads a model; to train it over several ranks sharded by FSDP2, with float32 masters."""
+    """Loads a model; to train it on GPUs or several ranks sharded by FSDP2: float32 masters, bf16
+    compute on a GPU, which is also the precision that a policy is scored in."""
     cuda = ranks.device.type == "cuda"
     dtype = torch.bfloat16 if cuda and not train else torch.float32
     policy = Policy(load_lm(name, ranks.device, dtype)).requires_grad_(train)
-    if train and ranks.world_size > 1:
+    if train and dist.is_initialized():
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -555,7 +562,9 @@ def save_model(policy: Policy, tokenizer: Any, folder: Path, ranks: Ranks) -> No
     """Writes a Hugging Face folder, tokenizer included; all ranks call it. `config.json` comes
     last: a folder that has one is complete."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(policy, options=options)
     if ranks.rank == 0:

@@ -17,7 +17,7 @@ base, token by token: the verdict on a whole response has become a verdict on ea
 
 Reads   --base (a model folder), --rollouts (a folder of evaluate.py).
 Writes  OUTPUT/ the teacher as a Hugging Face folder, args.json, metrics.jsonl (docs/stage1.md names
-        every key), behavior_logprobs.safetensors, checkpoints/epoch-0.500 ... (loadable models,
+        every key), behavior_logprobs.safetensors, checkpoints/epoch-000.500 ... (loadable models,
         --save-at), and while it runs checkpoints/resume-STEP: the same command continues there and
         ends with the same bits on the CPU.
 
@@ -26,7 +26,7 @@ learning rates. The defaults are measured on examples/arithmetic, or come from t
 the help text.
 
     python stage1_extreme.py --base M --rollouts D --loss ce --output T
-    torchrun --nproc-per-node 8 stage1_extreme.py --base M --rollouts D --loss ce --output T
+    torchrun --nproc-per-node 8 -- stage1_extreme.py --base M --rollouts D --loss ce --output T
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import (  # isort: skip
-    MetricsLog, Rollouts, Row, UserError, check_sampling, check_vocabulary, epoch_batches,
-    fingerprint, kl_penalty, load_checkpoint, load_policy, load_rollouts, load_tensors,
-    load_tokenizer, make_optimizer, make_row, mean_metrics, model_folder, optimizer_step, pack,
-    progress, require, row_logprobs, run, safe_exp, save_checkpoint, save_model, save_tensors,
-    score, sequence_sum, setup_ranks, start_run,
+    LOG_RATIO_CLAMP, MetricsLog, Rollouts, Row, UserError, check_sampling, check_vocabulary,
+    epoch_batches, fingerprint, kl_penalty, load_checkpoint, load_policy, load_rollouts,
+    load_tensors, load_tokenizer, make_optimizer, make_row, mean_metrics, model_folder,
+    optimizer_step, pack, progress, require, row_logprobs, run, safe_exp, save_checkpoint,
+    save_model, save_tensors, score, sequence_sum, setup_ranks, start_run,
 )  # fmt: skip
 
 
@@ -262,7 +262,7 @@ def diagnostics(x: LossInputs, entropy: Tensor, verdicts: Tensor) -> dict[str, T
     return {
         "ratio": mean(ratio, mask),
         "ratio_outside_0.8_1.28": mean(((ratio < 0.8) | (ratio > 1.28)).float(), mask),
-        "log_ratio_clamped": mean((log_ratio.abs() > 20).float(), mask),
+        "log_ratio_clamped": mean((log_ratio.abs() > LOG_RATIO_CLAMP).float(), mask),
         "entropy": mean(entropy, mask),
         "log_ratio_correct": mean(summed, responses & positive),
         "log_ratio_wrong": mean(summed, responses & ~positive),
@@ -300,9 +300,13 @@ def training_targets(args: Args, rollouts: Rollouts) -> tuple[Tensor, Tensor, Te
 
 
 def save_steps(args: Args, steps_per_epoch: int) -> dict[int, str]:
-    """{step: folder name} of the models to save on the way."""
+    """{step: folder name} of the models to save on the way. Raises UserError where two coincide."""
     epochs = args.save_at or tuple(float(e) for e in range(1, args.epochs + 1))
-    return {max(1, round(e * steps_per_epoch)): f"epoch-{e:07.3f}" for e in epochs}
+    names = {max(1, round(e * steps_per_epoch)): f"epoch-{e:07.3f}" for e in epochs}
+    if len(names) < len(epochs):
+        raise UserError(f"--save-at {' '.join(map(str, epochs))}: two of them are the same step, "
+                        f"for an epoch has {steps_per_epoch}; leave one out")  # fmt: skip
+    return names
 
 
 def score_behavior(
@@ -344,6 +348,9 @@ def main(args: Args) -> None:
     check_vocabulary([args.base] + [args.init] * bool(args.init), rollouts)
     tokenizer = load_tokenizer(args.base)
     policy = load_policy(args.base, ranks, train=True)
+    n = len(rewards)
+    steps_per_epoch = -(-n // args.batch_size)
+    total_steps, saves = args.epochs * steps_per_epoch, save_steps(args, steps_per_epoch)
     if not start_run(args.output, args, inputs, ranks):
         return
     behavior_logprobs = score_behavior(args, rollouts, temperature, policy, ranks)
@@ -354,9 +361,6 @@ def main(args: Args) -> None:
     optimizer = make_optimizer(policy, args.learning_rate, args.weight_decay)
     step = load_checkpoint(args.output, policy, optimizer, ranks).get("step", 0)
     log = MetricsLog(args.output, step, ranks)
-    n = len(rewards)
-    steps_per_epoch = -(-n // args.batch_size)
-    total_steps, saves = args.epochs * steps_per_epoch, save_steps(args, steps_per_epoch)
     loss_function, unit = LOSSES[args.loss]
     bar = progress(ranks, total_steps, step, f"stage 1 {args.loss}")
 
@@ -403,15 +407,14 @@ def main(args: Args) -> None:
         correct, wrong = values["log_ratio_correct"], values["log_ratio_wrong"]
         bar.set_postfix(correct=f"{correct:+.2f}", wrong=f"{wrong:+.2f}", refresh=False)
         bar.update()
-        deep_enough = args.stop_at_logprob is not None and values["logprob"] <= args.stop_at_logprob
+        if args.stop_at_logprob is not None and values["logprob"] <= args.stop_at_logprob:
+            ranks.print(f"mean log-prob of a response is {values['logprob']:.1f} nats: "
+                        "unlearned, stopping")  # fmt: skip
+            break
         if step in saves:
             save_model(policy, tokenizer, args.output / "checkpoints" / saves[step], ranks)
         if step in saves or step % args.checkpoint_every == 0:
             save_checkpoint(args.output, {"step": step}, policy, optimizer, ranks)
-        if deep_enough:
-            ranks.print(f"mean log-prob of a response is {values['logprob']:.1f} nats: "
-                        "unlearned, stopping")  # fmt: skip
-            break
 
     bar.close()
     save_model(policy, tokenizer, args.output, ranks)

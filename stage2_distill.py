@@ -1,6 +1,6 @@
 """Stage 2: start at the base again and follow the signals as far as a trust region allows.
 
-    target_t = clip(scale signal_t, -c, c)
+    target_t = clip(scale signal_t, -c, c), 0 below a floor
     log_ratio_t = log policy(y_t) - log base(y_t)     r_t = exp(log_ratio_t)
 
     regression  (log_ratio_t - target_t)^2               a clipped regression: no signal, no move
@@ -9,11 +9,11 @@
     reverse_kl  KL(policy || teacher), whole vocabulary  teacher (need --teacher, read no signal)
     + kl_coef KL                                         per token at the prefixes the base visited
 
-Trust region: signal clip c, ratio clip (pg), probability-difference mask (pg), KL penalty, and a KL
-budget in nats a response: sum_t r - 1 - log r on responses to *held-out problems of the rollouts*,
-never trained on. It is a proxy, at the base's prefixes; the KL that is reported is evaluate.py's,
-on the student's own samples. Past the budget the run goes back to its last policy within it, and
-ends (stop) or goes on with half the learning rate (rollback).
+Trust region: signal clip c and floor, ratio clip (pg), probability-difference mask (pg), KL
+penalty, and a KL budget in nats a response: sum_t r - 1 - log r on responses to *held-out problems
+of the rollouts*, never trained on. It is a proxy, at the base's prefixes; the KL that is reported
+is evaluate.py's, on the student's own samples. Past the budget the run goes back to its last policy
+within it, and ends (stop) or goes on with half the learning rate (rollback).
 
 Reads   --base (a model folder), --rollouts (of evaluate.py), --signals (of build_signals.py, for
         the same rollouts).
@@ -25,7 +25,7 @@ What is not known of the paper (2605.25582): its trust-region rule and the pair 
 objectives it compares. The defaults are measured on examples/arithmetic.
 
     python stage2_distill.py --base B --rollouts D --signals F --objective regression --output S
-    torchrun --nproc-per-node 8 stage2_distill.py --base B --rollouts D --signals F --output S
+    torchrun --nproc-per-node 8 -- stage2_distill.py --base B --rollouts D --signals F --output S
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ class Args:
     """factor on the signal (lambda of G-OPD, whose scripts use 1 and 1.25)"""
     signal_clip: float = 2.0
     """c, bound of the scaled signal, nats a token (measured)"""
+    signal_floor: float = 0.0
+    """scaled signals below this, in nats a token, count as 0: noise is not distilled (measured)"""
     clip_low: float = 0.2
     """eps_low of pg: ratios are clipped at 1 - eps_low (PPO)"""
     clip_high: float = 0.28
@@ -130,7 +132,8 @@ class Args:
         counts = "epochs batch_size micro_batch_tokens kl_every"
         require(self, counts, lambda v: v >= 1, "1 or more")
         require(self, "learning_rate signal_clip max_grad_norm", lambda v: v > 0, "above 0")
-        require(self, "kl_coef weight_decay warmup_steps clip_high", lambda v: v >= 0, "0 or more")
+        zero_up = "signal_floor kl_coef weight_decay warmup_steps clip_high"
+        require(self, zero_up, lambda v: v >= 0, "0 or more")
         require(self, "clip_low", lambda v: 0 <= v <= 1, "between 0 and 1")
         require(self, "kl_holdout", lambda v: 0 < v < 1, "between 0 and 1")
         require(self, "signal_scale", math.isfinite, "finite")
@@ -156,26 +159,30 @@ class DistillInputs:
 LossOutput = tuple[Tensor, dict[str, Tensor]]  # unnormalised sum; {metric: tensor [sum, count]}
 
 
-def clipped_signal(signal: Tensor, signal_scale: float, signal_clip: float) -> Tensor:
-    """clip(scale signal, -c, c): no token is asked to move further than c nats."""
-    return (signal_scale * signal).clamp(-signal_clip, signal_clip)
+def clipped_signal(
+    signal: Tensor, signal_scale: float, signal_clip: float, signal_floor: float
+) -> Tensor:
+    """clip(scale signal, -c, c), and 0 where |scale signal| < floor: no token is asked to move
+    further than c nats, and one that carries no verdict is held at the base."""
+    target = (signal_scale * signal).clamp(-signal_clip, signal_clip)
+    return torch.where(target.abs() < signal_floor, 0.0, target)
 
 
 def regression_loss(
-    x: DistillInputs, *, signal_scale: float, signal_clip: float, **_: Any
+    x: DistillInputs, *, signal_scale: float, signal_clip: float, signal_floor: float, **_: Any
 ) -> LossOutput:
     """(log policy - log base - target)^2: without signal the student is held at the base."""
-    target = clipped_signal(x.signal, signal_scale, signal_clip)
+    target = clipped_signal(x.signal, signal_scale, signal_clip, signal_floor)
     error = (x.policy_logprobs - x.base_logprobs - target) * x.response_mask
     return error.square().sum(), {}
 
 
 def pg_loss(
-    x: DistillInputs, *, signal_scale: float, signal_clip: float, clip_low: float, clip_high: float,
-    prob_mask: float | None, **_: Any,
+    x: DistillInputs, *, signal_scale: float, signal_clip: float, signal_floor: float,
+    clip_low: float, clip_high: float, prob_mask: float | None, **_: Any,
 ) -> LossOutput:  # fmt: skip
     """-min(r A, clip(r) A), A = target, r against the behavior policy, inside the trust region."""
-    advantages = clipped_signal(x.signal, signal_scale, signal_clip)
+    advantages = clipped_signal(x.signal, signal_scale, signal_clip, signal_floor)
     ratio = safe_exp(x.policy_logprobs - x.behavior_logprobs)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     keep = x.response_mask
@@ -203,11 +210,11 @@ OBJECTIVES: dict[str, Callable[..., LossOutput]] = {
 
 @torch.no_grad()
 def diagnostics(
-    x: DistillInputs, entropy: Tensor, signal_scale: float, signal_clip: float
+    x: DistillInputs, entropy: Tensor, signal_scale: float, signal_clip: float, signal_floor: float
 ) -> dict[str, Tensor]:
     """What one watches while a student moves -> {name: [sum, count]}."""
     log_ratio, mask = x.policy_logprobs - x.base_logprobs, x.response_mask
-    target = clipped_signal(x.signal, signal_scale, signal_clip)
+    target = clipped_signal(x.signal, signal_scale, signal_clip, signal_floor)
 
     def mean(values: Tensor, where: Tensor) -> Tensor:
         return torch.stack([(values * where).sum(), where.sum()])
@@ -325,6 +332,7 @@ def main(args: Args) -> None:
     steps_per_epoch = -(-len(trained) // args.batch_size)
     total_steps = args.epochs * steps_per_epoch
     loss_function = OBJECTIVES[args.objective]
+    signal_settings = (args.signal_scale, args.signal_clip, args.signal_floor)
     bar = progress(ranks, total_steps, step, f"stage 2 {args.objective}")
     if step == 0:
         save_checkpoint(args.output, state, policy, optimizer, ranks)  # the base: in any budget
@@ -352,7 +360,7 @@ def main(args: Args) -> None:
                 kl_sum = (kl * mask).sum()
                 loss = loss + args.kl_coef * kl_sum / n_responses
             (loss * ranks.world_size).backward()  # FSDP averages over ranks; the objective is a sum
-            metrics |= diagnostics(x, entropy, args.signal_scale, args.signal_clip)
+            metrics |= diagnostics(x, entropy, *signal_settings)
             share = 1 / (len(rows) * ranks.world_size)  # so that the micro-batches' losses add up
             metrics["loss"] = torch.stack([loss.detach(), loss.new_tensor(share)])
             sums = {name: sums.get(name, 0) + value for name, value in metrics.items()}
@@ -375,8 +383,8 @@ def main(args: Args) -> None:
             if not within_budget:
                 # To the last policy within the budget.
                 good = load_checkpoint(args.output, policy, optimizer, ranks)["step"]
-                ranks.print(f"step {step}: KL proxy {spent:.3f} nats is past the budget of "
-                            f"{budget}; back to the policy of step {good}")  # fmt: skip
+                ranks.print(f"step {step}: KL proxy of {spent:.3f} nats, budget {budget}; "
+                            f"back to the policy of step {good}")  # fmt: skip
                 state["learning_rate_factor"] /= 2
         done = {"step": step, "epoch": step / steps_per_epoch, "learning_rate": learning_rate}
         log.write(done | values)

@@ -14,7 +14,8 @@ from common import chunked_kl, kl_penalty
 from stage2_distill import Args, DistillInputs, clipped_signal, diagnostics, split_problems
 
 SETTINGS = vars(Args(base="b", rollouts=Path("r"), output=Path("o")))
-SETTINGS |= {"signal_scale": 1.0, "signal_clip": 2.0, "clip_low": 0.2, "clip_high": 0.28}
+SETTINGS |= {"signal_scale": 1.0, "signal_clip": 2.0, "signal_floor": 0.0}
+SETTINGS |= {"clip_low": 0.2, "clip_high": 0.28}
 T = torch.tensor([0.5, 0.5], dtype=torch.float64)
 S = torch.tensor([0.9, 0.1], dtype=torch.float64)
 
@@ -75,8 +76,13 @@ def test_regression_is_against_the_base_not_the_sampler():
 
 def test_clipped_signal():
     signal = torch.tensor([-9.0, -1.0, 0.0, 0.4, 1.0, 9.0])
-    assert clipped_signal(signal, 1.5, 2.0).tolist() == pytest.approx([-2, -1.5, 0, 0.6, 1.5, 2])
-    assert clipped_signal(signal, -1.0, 2.0).tolist() == pytest.approx([2, 1, 0, -0.4, -1, -2])
+    for scale, floor, expected in [
+        (1.5, 0.0, [-2, -1.5, 0, 0.6, 1.5, 2]),
+        (-1.0, 0.0, [2, 1, 0, -0.4, -1, -2]),
+        (1.5, 0.7, [-2, -1.5, 0, 0, 1.5, 2]),  # what carries no verdict is held at the base
+    ]:
+        target = clipped_signal(signal, scale, 2.0, floor)
+        assert target.tolist() == pytest.approx(expected)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -288,9 +294,9 @@ def test_inputs_are_left_unchanged():
         x.teacher_kl.requires_grad_()
         before = {field: value.detach().clone() for field, value in vars(x).items()}
         call(name, x, prob_mask=0.2)[0].backward()
-        diagnostics(x, torch.ones(4), 1.0, 2.0)
+        diagnostics(x, torch.ones(4), 1.0, 2.0, 0.0)
         kl_penalty(x.policy_logprobs, "forward")
-        clipped_signal(x.signal, 2.0, 0.1)
+        clipped_signal(x.signal, 2.0, 0.1, 0.0)
         assert all(torch.equal(before[field], value) for field, value in vars(x).items())
 
 
@@ -336,7 +342,7 @@ def test_gradcheck(name):
 def test_diagnostics_equal_brute_force():
     x = inputs([-0.5, -1.7, -0.2, -0.9], [-1.0, -1.2, -0.2, -1.0], [0.5, -5.0, 0.0, 2.5])
     entropy = torch.tensor([9.0, 9.0, 0.1, 0.2, 0.3, 0.4])
-    means = {k: (v[0] / v[1]).item() for k, v in diagnostics(x, entropy, 1.0, 2.0).items()}
+    means = {k: (v[0] / v[1]).item() for k, v in diagnostics(x, entropy, 1.0, 2.0, 0.0).items()}
     assert means == pytest.approx({
         "ratio": sum(math.exp(d) for d in (0.5, -0.5, 0, 0.1)) / 4, "entropy": 0.25,
         "signal_clipped": 0.5, "log_ratio_credit": 0.3, "log_ratio_blame": -0.5,
@@ -377,5 +383,5 @@ def test_a_rank_without_work_adds_nothing(name, policy, other_policy, rollouts):
     loss.backward()
     assert loss.item() == 0
     assert all((p.grad == 0).all() for p in policy.parameters())
-    counted = metrics | diagnostics(x, entropy, 1.0, 2.0)
+    counted = metrics | diagnostics(x, entropy, 1.0, 2.0, 0.0)
     assert all((value == 0).all() for value in counted.values())

@@ -34,7 +34,7 @@ class Args:
     """training problems"""
     test: int = 512
     """held-out problems"""
-    steps: int = 1200
+    steps: int = 2000
     """optimiser steps of the base"""
     batch_size: int = 32
     """solutions a step, freshly written each time"""

@@ -16,8 +16,8 @@ import random
 import re
 
 SLIP_ADDING = 0.07
-SLIP_SUBTRACTING = 0.26
-MAX_STEPS = 7
+SLIP_SUBTRACTING = 0.28
+MAX_STEPS = 6
 MAX_TOTAL = 9
 CONNECTORS = ("", "so ", "then ")
 SEPARATOR = ", "

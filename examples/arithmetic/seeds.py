@@ -1,0 +1,119 @@
+"""Mean and spread over seeds of what examples/arithmetic/run.sh measured: the README's table.
+
+Reads   RUN/summary.json of each run folder.
+
+Writes  with --output a Markdown table: mean over the runs and, behind ±, their standard deviation.
+
+    python examples/arithmetic/seeds.py --runs runs/arithmetic/seed1 runs/arithmetic/seed2
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import common
+
+COLUMNS = {
+    "accuracy": ("accuracy", "{:.3f}"),
+    "pass_at_8": ("pass@8", "{:.3f}"),
+    "kl": ("KL, nats", "{:.2f}"),
+    "kl_efficiency": ("KL efficiency", "{:.2f}"),
+    "entropy": ("entropy", "{:.3f}"),
+    "mean_length": ("length", "{:.1f}"),
+}
+
+
+@dataclass
+class Args:
+    runs: tuple[Path, ...]
+    """folders of examples/arithmetic/run.sh"""
+    output: Path | None = None
+    """Markdown file to write; default: print only"""
+
+
+def spread(values: list[float | None], form: str) -> str:
+    """mean ± standard deviation over seeds; n/a where a seed has no value."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return "n/a"
+    deviation = statistics.stdev(known) if len(known) > 1 else 0.0
+    return f"{form.format(statistics.mean(known))} ± {form.format(deviation)}"
+
+
+def policies_table(summaries: list[dict]) -> list[str]:
+    """One row a policy that every run has."""
+    tables = [{row["name"]: row for row in summary["policies"]} for summary in summaries]
+    lines = ["| policy | " + " | ".join(title for title, _ in COLUMNS.values()) + " |"]
+    lines.append("|---" * (len(COLUMNS) + 1) + "|")
+    for name, first in tables[0].items():
+        if all(name in table for table in tables):
+            cells = [
+                spread([t[name].get(key) for t in tables], form)
+                for key, (_, form) in COLUMNS.items()
+            ]
+            lines.append(f"| {first.get('label') or name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def signals_table(summaries: list[dict]) -> list[str]:
+    """One row a signal that every run has."""
+    tables = [{row["name"]: row for row in summary["signals"]} for summary in summaries]
+    lines = ["| signal | AUC against the verdict | credit AUC |", "|---|---|---|"]
+    for name in tables[0]:
+        if all(name in table for table in tables):
+            keys = ("auc", "credit_auc")
+            cells = [spread([table[name][key] for table in tables], "{:.3f}") for key in keys]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def comparisons_table(summaries: list[dict]) -> list[str]:
+    """Student against each early-stopping path, at equal KL and at equal accuracy."""
+    lines = [
+        "| student | against | accuracy at equal KL: difference | KL at equal accuracy: ratio |",
+        "|---|---|---|---|",
+    ]
+    tables = [
+        {(row["student"], row["against"]): row for row in summary["comparisons"]
+         if row["kind"] == "path"}
+        for summary in summaries
+    ]  # fmt: skip
+    for key in tables[0]:
+        if all(key in table for table in tables):
+            rows = [table[key] for table in tables]
+            gain = spread([row["accuracy_difference"] for row in rows], "{:+.3f}")
+            reached = [row["kl_ratio"] for row in rows if row["kl_ratio"] is not None]
+            ratio = spread(reached, "{:.2f}")
+            if len(reached) < len(rows):
+                never = f"never reached in {len(rows) - len(reached)} of {len(rows)}"
+                ratio = f"{ratio}; {never}" if reached else never
+            lines.append(f"| {key[0]} | {key[1]} | {gain} | {ratio} |")
+    return lines
+
+
+def main(args: Args) -> None:
+    summaries = [common.read_json(run / "summary.json") for run in args.runs]
+    settings = summaries[0]["settings"]
+    lines = [
+        f"Mean ± standard deviation over {len(summaries)} seeds (fresh problems and a fresh base "
+        f"each); {settings['problems']} held-out problems x {settings['samples']} samples, "
+        f"temperature {settings['temperature']}, top-p {settings['top_p']}, at most "
+        f"{settings['max_new_tokens']} tokens.",
+        "",
+        *policies_table(summaries), "", *signals_table(summaries), "",
+        *comparisons_table(summaries),
+    ]  # fmt: skip
+    text = "\n".join(lines) + "\n"
+    if args.output:
+        with common.atomic(args.output) as temporary:
+            temporary.write_text(text)
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    common.run(main, Args, __doc__)

@@ -1,0 +1,131 @@
+"""The pages in docs/ against the code: every key that is written, every flag of a command."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+from pathlib import Path
+
+import annotate
+import pytest
+import tiny
+
+import build_signals
+import common
+import evaluate
+import stage1_extreme
+import stage2_distill
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+STAGES = ("evaluate", "stage1_extreme", "build_signals", "stage2_distill")
+SHORT = {"epochs": 1, "batch_size": 32, "micro_batch_tokens": 2048}  # one step is the whole data
+
+
+def documented(page: str) -> set[str]:
+    """Keys at the head of the bullets under "Every logged metric"."""
+    text = (ROOT / "docs" / page).read_text()
+    section = text.split("## Every logged metric\n", 1)[1].split("\n## ", 1)[0]
+    heads = re.findall(r"^- (`[^`]+`(?:, `[^`]+`)*)", section, re.MULTILINE)
+    return {key for head in heads for key in re.findall(r"`([^`]+)`", head)}
+
+
+def logged(run: Path) -> set[str]:
+    """Keys of all lines of a run's metrics.jsonl."""
+    return {key for row in common.read_jsonl(run / "metrics.jsonl") for key in row}
+
+
+def test_stage1_keys(tmp_path: Path) -> None:
+    folder, found = tiny.setting(), set()
+    for loss in stage1_extreme.LOSSES:
+        stage1_extreme.main(stage1_extreme.Args(
+            base=str(folder / "base"), rollouts=folder / "rollouts", output=tmp_path / loss,
+            loss=loss, **SHORT,
+        ))  # fmt: skip
+        found |= logged(tmp_path / loss)
+    assert documented("stage1.md") == found
+
+
+def test_stage2_keys(tmp_path: Path) -> None:
+    folder, found = tiny.setting(), set()
+    for objective in stage2_distill.OBJECTIVES:
+        clone = objective in ("forward_kl", "reverse_kl")
+        stage2_distill.main(stage2_distill.Args(
+            base=str(folder / "base"), rollouts=folder / "rollouts", output=tmp_path / objective,
+            objective=objective, signals=None if clone else tiny.signals(),
+            teacher=str(folder / "other") if clone else None, **SHORT,
+        ))  # fmt: skip
+        found |= logged(tmp_path / objective)
+    assert documented("stage2.md") == found
+
+
+def test_evaluate_keys(tmp_path: Path) -> None:
+    folder = tiny.setting()
+    evaluate.main(evaluate.Args(
+        model=str(folder / "other"), base=str(folder / "base"), problems=folder / "test.jsonl",
+        output=tmp_path / "judged", n=2, max_new_tokens=4,
+    ))  # fmt: skip
+    written = common.read_json(tmp_path / "judged" / "metrics.json")
+    found = {re.sub(r"@\d+$", "@k", key) for key in written["metrics"]}
+    assert documented("evaluate.md") == found | written.keys()
+    page = (ROOT / "docs" / "evaluate.md").read_text()
+    assert [key for key in written["sampling"] if f"`{key}`" not in page] == []
+
+
+def test_signals_keys(tmp_path: Path) -> None:
+    folder = tiny.setting()
+    # A copy: the marks change the fingerprint of the rollouts that other tests share.
+    rollouts = shutil.copytree(folder / "rollouts", tmp_path / "rollouts")
+    annotate.main(annotate.Args(rollouts=rollouts))
+    build_signals.main(build_signals.Args(
+        rollouts=rollouts, base=str(folder / "base"), teachers=(str(folder / "other"),),
+        output=tmp_path / "signals.safetensors",
+    ))  # fmt: skip
+    written = common.read_json(tmp_path / "signals.json")
+    assert documented("build_signals.md") == set(written)
+    page = (ROOT / "docs" / "build_signals.md").read_text()
+    inner = {*written["models"], *written["models"]["base"]}
+    assert [key for key in inner if f"`{key}`" not in page] == []
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags
+
+
+def script_flags(script: Path) -> set[str] | None:
+    """Flags of the script's Args, read from its source; None where it has none of its own."""
+    for node in ast.parse(script.read_text()).body:
+        if isinstance(node, ast.ClassDef) and node.name == "Args":
+            fields = [item.target.id for item in node.body if isinstance(item, ast.AnnAssign)]
+            return {"--" + name.replace("_", "-") for name in fields}
+    return None
+
+
+def commands(page: Path) -> list[tuple[Path, set[str]]]:
+    """(script, flags after its name) of every line that calls one of our scripts."""
+    found = []
+    for line in page.read_text().replace("\\\n", " ").splitlines():
+        parts = re.split(r"([\w./]+\.py)\b", line)
+        for name, rest in zip(parts[1::2], parts[2::2], strict=True):
+            if (ROOT / name).is_file():
+                rest = re.split(r"[`|;&#]", rest)[0]  # the command ends there
+                found.append((ROOT / name, set(re.findall(r"(?<!\S)--[a-z-]+", rest)) - {"--help"}))
+    return found
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda path: path.name)
+def test_flags_exist(page: Path) -> None:
+    if not page.is_file():
+        pytest.skip("no such page yet")
+    for script, used in commands(page):
+        assert used <= (script_flags(script) or used), f"{script.name}: {used}"
+
+
+def test_pages_name_only_our_flags() -> None:
+    known = set().union(*(script_flags(ROOT / f"{stage}.py") for stage in STAGES))
+    torchrun = {"--nproc-per-node", "--signals-to-handle"}
+    for page in PAGES:
+        named = set(re.findall(r"(?<!\S)`?(--[a-z][a-z-]*)", page.read_text()))
+        assert named - known - torchrun == set(), page.name
+        assert commands(page), page.name

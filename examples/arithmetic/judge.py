@@ -1,0 +1,79 @@
+"""Evaluates the policies of a run on held-out problems, in one process: libraries load once.
+
+Reads   RUN/base, RUN/test.jsonl, RUN/stage1/*, RUN/students/*.
+
+Writes  evaluation folders of evaluate.py. --what policies: RUN/eval/base (twice the samples: its
+        pass rates give the optimum's curve), RUN/eval/NAME of every stage-1 policy and
+        RUN/eval/student_NAME of every student. --what checkpoints: RUN/curve/base and
+        RUN/curve/STAGE1RUN/EPOCH, the early-stopping curves, on the first --problems problems.
+
+What is there already is not made again.
+
+    python examples/arithmetic/judge.py --run runs/arithmetic/seed0 --what policies --n 8
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import common
+import evaluate
+
+
+@dataclass
+class Args:
+    run: Path
+    """folder of examples/arithmetic/run.sh"""
+    what: Literal["policies", "checkpoints"]
+    """the policies that stages 1 and 2 ended with, or all checkpoints of stage 1"""
+    problems: int = 512
+    """held-out problems: the first of test.jsonl"""
+    n: int = 8
+    """responses per problem"""
+    max_new_tokens: int = 128
+    """token limit of a response"""
+    seed: int = 0
+    """seed of the sampling"""
+
+
+def policies(run: Path) -> dict[str, Path]:
+    """{evaluation name: model folder} of what the stages ended with."""
+    found = {folder.name: folder for folder in sorted(run.glob("stage1/*"))}
+    return found | {f"student_{f.name}": f for f in sorted(run.glob("students/*"))}
+
+
+def checkpoints(run: Path) -> dict[str, Path]:
+    """{stage-1 run / epoch: model folder}."""
+    return {f"{f.parts[-3]}/{f.name}": f for f in sorted(run.glob("stage1/*/checkpoints/epoch-*"))}
+
+
+def main(args: Args) -> None:
+    whole = args.what == "policies"
+    folder = args.run / ("eval" if whole else "curve")
+    problems = args.run / "test.jsonl"
+    rows = common.read_jsonl(problems)
+    if args.problems < len(rows):
+        problems = folder / "problems.jsonl"
+        common.write_jsonl(problems, rows[: args.problems])
+
+    def judge(name: str, model: Path, n: int, base_run: Path | None) -> None:
+        if not (folder / name / "metrics.json").is_file():
+            evaluate.main(evaluate.Args(
+                model=str(model), problems=problems, output=folder / name, n=n,
+                base=str(args.run / "base"), base_run=base_run, seed=args.seed,
+                max_new_tokens=args.max_new_tokens,
+            ))  # fmt: skip
+
+    judge("base", args.run / "base", 2 * args.n if whole else args.n, None)
+    for name, model in (policies if whole else checkpoints)(args.run).items():
+        if (model / "config.json").is_file():  # an unfinished one has none
+            judge(name, model, args.n, folder / "base")
+
+
+if __name__ == "__main__":
+    common.run(main, Args, __doc__)

@@ -552,7 +552,8 @@ def collect_metrics(
     efficiency = kl_efficiency(accuracy, base_accuracy, divergence)
     valid = efficiency[~efficiency.isnan()]
     known = not math.isnan(efficiency[0])
-    metrics["kl_efficiency"] = (efficiency[0].item(), valid.std().item()) if known else (None, None)
+    error = valid.std().item() if len(valid) > 1 else None
+    metrics["kl_efficiency"] = (efficiency[0].item(), error) if known else (None, None)
     return metrics
 
 
@@ -562,7 +563,8 @@ def print_table(args: Args, metrics: dict[str, Any], n_problems: int, ranks: Ran
                 f"temperature {args.temperature}, top-p {args.top_p}, "
                 f"at most {args.max_new_tokens} tokens")  # fmt: skip
     for name, (value, error) in metrics.items():
-        ranks.print(f"  {name:14s} " + ("n/a" if value is None else f"{value:9.4f} ± {error:.4f}"))
+        spread = "" if error is None else f" ± {error:.4f}"
+        ranks.print(f"  {name:14s} " + ("n/a" if value is None else f"{value:9.4f}{spread}"))
 
 
 def main(args: Args) -> None:

@@ -22,8 +22,8 @@ Writes  OUTPUT/ the teacher as a Hugging Face folder, args.json, metrics.jsonl (
         ends with the same bits on the CPU.
 
 What is not known of the paper (2605.25582): its coefficients, the target of its MSE loss, its
-learning rates. The defaults are measured on examples/arithmetic, or come from the source named in
-the help text.
+learning rates. A default comes from the source that its help text names, or is ours; what the
+arithmetic example uses stands in examples/arithmetic/run.sh.
 
     python stage1_extreme.py --base M --rollouts D --loss ce --output T
     torchrun --nproc-per-node 8 -- stage1_extreme.py --base M --rollouts D --loss ce --output T
@@ -67,7 +67,7 @@ class Args:
     ce_prior: bool = False
     """ce: add logit(pass rate of the problem) to beta S: S need not say how hard the problem is"""
     mse_target: Literal["verdict", "centred", "soft_value"] = "soft_value"
-    """R, R - group mean, or R - V* (measured; alone can be met by a policy: E_base exp(S) = 1)"""
+    """R, R - group mean, or R - V*: the one that a policy can meet, for E_base exp(S) = 1 there"""
     sapo_tau_positive: float = 1.0
     """tau for A > 0 (SAPO in verl and TRL)"""
     sapo_tau_negative: float = 1.05
@@ -94,7 +94,7 @@ class Args:
     micro_batch_tokens: int = 8192
     """token budget of a packed row; changes memory and speed, never the objective"""
     learning_rate: float = 1e-6
-    """peak learning rate of AdamW (1e-6: PRIME, A*-PO; the arithmetic example uses 1e-3)"""
+    """peak learning rate of AdamW (1e-6: PRIME, A*-PO; the arithmetic example uses 1e-4)"""
     warmup_steps: int = 10
     """steps of linear warm-up, then constant"""
     weight_decay: float = 0.0

@@ -462,7 +462,7 @@ def draw_limits(axes: Axes, base: Evaluation, largest_kl: float) -> None:
               color="#555555", transform=axes.transAxes, va="top")  # fmt: skip
     middle = int((optimum - (optimum[0] + optimum[-1]) / 2).abs().argmin())
     axes.annotate(f"optimum of KL-constrained RL\n({int(base.count.min())} base samples a problem)",
-                  (float(kl[middle]), float(optimum[middle])), (0.02, 0.84), fontsize=8.5,
+                  (float(kl[middle]), float(optimum[middle])), (0.02, 0.93), fontsize=8.5,
                   textcoords="axes fraction", color="#555555", va="top",
                   arrowprops={"arrowstyle": "-", "color": "#555555", "lw": 0.6})  # fmt: skip
 

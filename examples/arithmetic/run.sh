@@ -32,7 +32,7 @@ else
   SAPO="--epochs 3 --save-at 0.5 1 2 3"
   GRPO="--epochs 3 --save-at 0.5 1 2 3"
   UNLEARN="--epochs 2 --save-at 2"
-  STUDENT="--epochs 2"
+  STUDENT="--epochs 3"
 fi
 # Stage 1. ce: the published beta, weak enough to go far past its best. sapo: a rate that ruins it.
 # The unlearned policy learns inverted verdicts, gently, the pass rate of each problem taken out.
@@ -40,10 +40,10 @@ CE="--loss ce --beta 0.05 --learning-rate 1e-4 $CE"
 SAPO="--loss sapo --learning-rate 3e-4 $SAPO"
 GRPO="--loss grpo --learning-rate 2e-4 $GRPO"
 UNLEARN="--loss ce --beta 0.5 --ce-prior --invert-rewards --learning-rate 1e-4 $UNLEARN"
-# Stage 2. The noisier the teacher, the smaller the scale, the higher the floor, the shorter the run.
+# Stage 2. The noisier the teacher, the smaller the scale and the shorter the run.
 STRONG="--signal-scale 1 --signal-clip 3 --signal-floor 1.5 --learning-rate 2e-4 --epochs 1"
-RUINED="--signal-scale 0.2 --signal-clip 3 --signal-floor 1 --learning-rate 2e-4 --epochs 1"
-UNLEARNED="--signal-scale 3 --signal-clip 4 --signal-floor 0.6 --learning-rate 2e-4 $STUDENT"
+RUINED="--signal-scale 0.2 --signal-clip 3 --learning-rate 2e-4 --epochs 1"
+UNLEARNED="--signal-scale 4 --signal-clip 5 --signal-floor 0.8 --learning-rate 2e-4 $STUDENT"
 SAMPLE="--max-new-tokens 128 --seed $SEED"
 
 say() { printf '\n== %s\n' "$1"; }

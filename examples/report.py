@@ -785,13 +785,12 @@ def policy_table(summary: dict[str, Any]) -> str:
         rows.append([row["label"], *cells, recipe_text(row["recipe"])])
     s = summary["settings"]
     note = (
-        f"{s['problems']} held-out problems x {s['samples']} samples, temperature "
-        f"{s['temperature']:g}, top-p {s['top_p']:g}, at most {s['max_new_tokens']} tokens, "
-        f"sampling seed {s['seed']}; ± one standard error over problems. KL: exact, on the "
-        "policy's own "
-        "samples, nats a response. KL efficiency: the least KL that buys this accuracy / the KL "
-        "spent; 1 is the limit, n/a where the base is not passed. Entropy: nats a token. Length: "
-        "tokens."
+        f"{s['problems']} held-out problems x {s['samples']} samples (base: {s['base_samples']}), "
+        f"temperature {s['temperature']:g}, top-p {s['top_p']:g}, at most "
+        f"{s['max_new_tokens']} tokens, sampling seed {s['seed']}; ± one standard error over "
+        "problems. KL: exact, on the policy's own samples, nats a response. KL efficiency: the "
+        "least KL that buys this accuracy / the KL spent; 1 is the limit, n/a where the base is "
+        "not passed. Entropy: nats a token. Length: tokens."
     )
     students = [row["kind"] == "student" for row in summary["policies"]]
     return f"<h2>Policies</h2>{table(heads, rows, students)}<p><small>{note}</small></p>"
@@ -923,7 +922,10 @@ def summarize(
     ]  # fmt: skip
     base = evaluations["base"]
     sampling = base.summary["sampling"]
-    settings = {"problems": len(base.problems), "samples": int(base.count.min())}
+    # The base often has more samples than the policies, for the optimum's curve.
+    judged = [int(e.count.min()) for e in evaluations.values() if e is not base]
+    settings = {"problems": len(base.problems), "base_samples": int(base.count.min())}
+    settings["samples"] = min(judged, default=settings["base_samples"])
     settings |= {name: sampling[name] for name in ("seed", *SHARED_SAMPLING)}
     settings |= {"resamples": args.resamples, "bootstrap_seed": args.seed}
     runs = sorted(path.parent.name for path in args.run.glob("stage1/*/metrics.jsonl"))

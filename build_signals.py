@@ -128,7 +128,8 @@ def credit_auc(
     if not values:
         return float("nan"), float("nan"), 0
     stacked = torch.stack(values)
-    return stacked.mean().item(), (stacked.std() / len(values) ** 0.5).item(), len(values)
+    error = (stacked.std() / len(values) ** 0.5).item() if len(values) > 1 else float("nan")
+    return stacked.mean().item(), error, len(values)
 
 
 def share_that_carries(signal: Tensor, part: float) -> float:

@@ -138,7 +138,8 @@ def test_files_between_the_stages(done: Path) -> None:
         assert all(math.isfinite(row["loss"]) for row in lines(done / run))
         assert json.loads((done / run / "args.json").read_text())["inputs"].keys() >= {"base"}
     assert (done / "teacher" / "checkpoints" / "epoch-000.500" / "config.json").is_file()
-    assert lines(done / "teacher")[-1]["log_ratio_correct"] > 0
+    last = lines(done / "teacher")[-1]
+    assert last["log_ratio_correct"] > last["log_ratio_wrong"] + 1  # it has told them apart
 
     arrays, metadata = common.load_tensors(done / "signals.safetensors", {})
     assert {*stage2_distill.ARRAYS, "teacher_0_logprobs", "reference_0_logprobs"} == set(arrays)

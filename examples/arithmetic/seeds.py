@@ -41,8 +41,10 @@ def spread(values: list[float | None], form: str) -> str:
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         return "n/a"
-    deviation = statistics.stdev(known) if len(known) > 1 else 0.0
-    return f"{form.format(statistics.mean(known))} ± {form.format(deviation)}"
+    mean = form.format(statistics.mean(known))
+    if len(known) == 1:  # no spread to speak of
+        return mean
+    return f"{mean} ± {form.replace('+', '').format(statistics.stdev(known))}"
 
 
 def policies_table(summaries: list[dict]) -> list[str]:

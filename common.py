@@ -157,7 +157,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from None
 
 
@@ -170,7 +170,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line.decode("utf-8"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:  # the latter: ten thousand brackets
                 raise UserError(f"{path}:{number}: not a line of JSON ({error})") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}:{number}: expected an object, found {type(row).__name__}")
@@ -249,6 +249,7 @@ class Rollouts:
     truncated: Tensor  # [S] bool
     sampler_logprobs: Tensor | None = None  # [N] float32
     first_wrong_token: Tensor | None = None  # [S] int32, counted from the prompt's start; -1: none
+    answer_class: Tensor | None = None  # [S] int32: equal answers to a problem share it; -1: none
 
     @property
     def lengths(self) -> Tensor:
@@ -276,7 +277,10 @@ ROLLOUT_DTYPES = {
     "tokens": torch.int32, "cu_seqlens": torch.int64, "prompt_lens": torch.int32,
     "rewards": torch.float32, "problem_index": torch.int32, "truncated": torch.bool,
 }  # fmt: skip
-OPTIONAL_DTYPES = {"sampler_logprobs": torch.float32, "first_wrong_token": torch.int32}
+OPTIONAL_DTYPES = {
+    "sampler_logprobs": torch.float32, "first_wrong_token": torch.int32,
+    "answer_class": torch.int32,
+}  # fmt: skip
 
 
 def save_rollouts(rollouts: Rollouts) -> None:
@@ -297,7 +301,7 @@ def load_rollouts(folder: Path) -> Rollouts:
     if n == 0 or len(cu) != n + 1 or cu[0] != 0 or cu[-1] != len(rollouts.tokens):
         raise UserError(f"{path}: cu_seqlens does not fit {n} responses and its tokens")
     sizes = {"prompt_lens": n, "problem_index": n, "truncated": n, "first_wrong_token": n,
-             "sampler_logprobs": len(rollouts.tokens)}  # fmt: skip
+             "answer_class": n, "sampler_logprobs": len(rollouts.tokens)}  # fmt: skip
     for name, size in sizes.items():
         if name in tensors and (found := len(tensors[name])) != size:
             raise UserError(f"{path}: '{name}' has {found} entries, expected {size}")

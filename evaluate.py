@@ -27,19 +27,31 @@ Killed and started again, it goes on at the missing batch; hf on the CPU ends wi
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import hashlib
 import itertools
+import json
 import logging
 import math
 import multiprocessing
 import os
+import random
+import re
 import resource
 import shutil
+import signal
+import time
+import unicodedata
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,7 +68,8 @@ class Args:
     model: str
     """the policy to sample: a model folder or hub name"""
     problems: Path
-    """JSONL of {"id", "problem", "answer"}"""
+    """JSONL of {"id", "problem", "answer"}; hf:OWNER/NAME[:CONFIG][:SPLIT]; or a name we know:
+    aime24 aime25 hmmt-feb25 hmmt-nov25 math500 imo-answerbench polaris dapo-math"""
     output: Path
     """folder to write; the same command continues an interrupted one"""
     base: str | None = None
@@ -83,8 +96,22 @@ class Args:
     """field of the problem text"""
     answer_column: str = "answer"
     """field of the gold answer"""
+    id_column: str = "id"
+    """field of the id; a hub set that lacks it gets the row numbers as ids"""
+    limit: int = 0
+    """use only so many problems, after the shuffle; 0 is all"""
+    shuffle_seed: int | None = None
+    """shuffle the problems with this seed; default: the order of the set"""
+    system: str | None = None
+    """system message of the chat; default: none of ours (a template may have its own)"""
+    prompt_template: str = "{problem}"
+    """the user message, with the problem in the place {problem}"""
+    no_chat_template: bool = False
+    """for base models: the filled prompt template as it is, though the tokenizer has a chat one"""
     grading_timeout: float = 10.0
     """seconds of wall clock after which one comparison is killed and counts as wrong"""
+    compare: Path | None = None
+    """another evaluation on the same problems: the paired difference to it, with an interval"""
     seed: int = 0
     """seed of the sampling"""
 
@@ -92,12 +119,18 @@ class Args:
         """Raises UserError on impossible combinations."""
         counts = "n max_new_tokens batch_size micro_batch_tokens"
         require(self, counts, lambda v: v >= 1, "1 or more")
-        require(self, "temperature kl_samples", lambda v: v >= 0, "0 or more")
+        require(self, "temperature kl_samples limit", lambda v: v >= 0, "0 or more")
         require(self, "grading_timeout", lambda v: v > 0, "above 0")
         require(self, "top_p", lambda v: 0 < v <= 1, "above 0 and at most 1")
         if self.base and (self.temperature, self.top_p) != (1.0, 1.0):
             raise UserError("--base: the KL is defined on the policy's own samples; "
                             "use --temperature 1 --top-p 1 or drop --base")  # fmt: skip
+        if "{problem}" not in self.prompt_template:
+            raise UserError(f"--prompt-template {self.prompt_template[:60]!r}: has no place "
+                            "{problem}, so every prompt would be the same; add it")  # fmt: skip
+        if self.system is not None and self.no_chat_template:
+            raise UserError("--system with --no-chat-template: there is no chat to put it in; "
+                            "write it into --prompt-template")  # fmt: skip
         if self.base_run and not self.base:
             raise UserError("--base-run without --base: name the base model too")
         if self.engine == "vllm":
@@ -123,6 +156,33 @@ def pass_at_k(correct: Tensor, n: Tensor, k: int) -> Tensor:
     pairs = zip(correct.long().tolist(), n.long().tolist(), strict=True)
     chances = [1 - math.comb(m - c, k) / math.comb(m, k) for c, m in pairs]
     return torch.tensor(chances, dtype=torch.float64)
+
+
+def majority_at_k(classes: list[int], ks: list[int]) -> list[float]:
+    """Exact chance that the commonest answer among k of n samples is the correct one, for each k.
+
+    classes: [n], equal answers share a number, 0 is correct, below 0 has no vote. Over all subsets
+    of k; a tie of t answers is won with chance 1/t; without any vote it is lost. Counted, not
+    sampled: with j votes for the correct answer, `ways[t, v]` is the number of ways to give v of
+    the other draws away, t answers having j as well and none more. Raises ValueError at k > n."""
+    n, sizes = len(classes), Counter(c for c in classes if c >= 0)
+    if max(ks) > n:
+        raise ValueError(f"maj@{max(ks)} needs {max(ks)} samples of every problem; one has {n}")
+    correct, silent = sizes.pop(0, 0), n - sum(c >= 0 for c in classes)
+    kind = float if n <= 1000 else object  # beyond, C(n, k) needs Python's integers
+    won = np.zeros(n + 1, dtype=kind)  # subsets of each size, as shared by those who tie
+    for j in range(1, correct + 1):
+        ways = np.zeros((1 + len(sizes), n + 1), dtype=kind)
+        ways[0, : silent + 1] = [math.comb(silent, v) for v in range(silent + 1)]
+        for size in sizes.values():
+            before, ways = ways, np.zeros_like(ways)
+            for v in range(min(size, j - 1) + 1):
+                ways[:, v:] += math.comb(size, v) * before[:, : n + 1 - v]
+            if size >= j:
+                ways[1:, j:] += math.comb(size, j) * before[:-1, : n + 1 - j]
+        shared = sum(row / (t + 1) for t, row in enumerate(ways))
+        won[j:] += math.comb(correct, j) * shared[: n + 1 - j]
+    return [float(won[k] / math.comb(n, k)) for k in ks]
 
 
 def least_kl(accuracy: Tensor, base_accuracy: Tensor) -> Tensor:
@@ -160,6 +220,22 @@ def mean_over_problems(total: Tensor, count: Tensor) -> tuple[float, float]:
     return mean.item(), error.item()
 
 
+def paired_difference(
+    ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]
+) -> tuple[float, float, float]:
+    """Ours minus theirs, with a 95 % interval: (difference, low, high).
+
+    Each (total [P], count [P]) of the same problems in the same order; percentiles of 2000 draws of
+    the problems, the same for both, so that the difficulty of a problem cancels."""
+    n = len(ours[0])
+    draw = torch.randint(n, (2000, n), generator=torch.Generator().manual_seed(0))
+    draw[0] = torch.arange(n)  # the sample itself
+    a, b = (total.double()[draw].sum(1) / count.double()[draw].sum(1) for total, count in
+            (ours, theirs))  # fmt: skip
+    low, high = (a - b).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return (a - b)[0].item(), low, high
+
+
 def policy_against_base(
     policy_hidden: Tensor, policy_weight: Tensor, base_hidden: Tensor, base_weight: Tensor,
     targets: Tensor,
@@ -181,41 +257,205 @@ def policy_against_base(
 # Data: problems, prompts, samples
 
 
-def load_problems(path: Path, problem_column: str, answer_column: str) -> list[dict[str, str]]:
-    """Reads {"id", "problem", "answer"} lines. Raises UserError naming file, line and field."""
-    problems, seen = [], {}
-    for number, row in enumerate(read_jsonl(path), 1):
-        fields = {"id": row.get("id"), "problem": row.get(problem_column),
-                  "answer": row.get(answer_column)}  # fmt: skip
-        for name, value in fields.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                fields[name] = value = str(value)
-            if not isinstance(value, str) or not value.strip():
-                column = {"problem": problem_column, "answer": answer_column}.get(name, name)
-                raise UserError(f"{path}:{number}: field '{column}' is missing or empty; "
-                                "every problem needs one")  # fmt: skip
-        if fields["id"] in seen:
-            raise UserError(f"{path}:{number}: id '{fields['id']}' was used on line "
-                            f"{seen[fields['id']]}; ids are unique")  # fmt: skip
-        seen[fields["id"]] = number
-        problems.append(fields)
+class ProblemSet(NamedTuple):
+    """Where a set lies on the hub. Without an id column the row numbers are the ids."""
+
+    name: str
+    config: str | None
+    split: str | None  # None: the only one
+    problem: str
+    answer: str
+    id: str | None
+
+
+# UNVERIFIED: written down where the hub could not be reached. Where a set has moved or changed, the
+# error says so, and hf:OWNER/NAME with --problem-column and --answer-column reads any other.
+PROBLEM_SETS = {
+    "aime24": ("HuggingFaceH4/aime_2024", None, "train", "problem", "answer", "id"),
+    "aime25": ("MathArena/aime_2025", None, "train", "problem", "answer", "problem_idx"),
+    "hmmt-feb25": ("MathArena/hmmt_feb_2025", None, "train", "problem", "answer", "problem_idx"),
+    "hmmt-nov25": ("MathArena/hmmt_nov_2025", None, "train", "problem", "answer", "problem_idx"),
+    "math500": ("HuggingFaceH4/MATH-500", None, "test", "problem", "answer", "unique_id"),
+    "imo-answerbench": (
+        "Hwilner/imo-answerbench", None, None, "Problem", "Short Answer", "Problem ID",
+    ),
+    "polaris": ("POLARIS-Project/Polaris-Dataset-53K", None, "train", "problem", "answer", None),
+    "dapo-math": ("open-r1/DAPO-Math-17k-Processed", "en", "train", "prompt", "solution", None),
+}  # fmt: skip
+PROBLEM_LIMIT = 100_000  # characters of one field: more is damage, not a problem
+
+
+def problem_set(args: Args) -> ProblemSet | None:
+    """The hub set that --problems names; None where it is a local file. Raises UserError."""
+    source = str(args.problems)
+    if source in PROBLEM_SETS and not args.problems.exists():
+        return ProblemSet(*PROBLEM_SETS[source])
+    if not source.startswith("hf:"):
+        return None
+    name, *rest = source[3:].split(":")
+    if not name or len(rest) > 2:
+        raise UserError(f"--problems {source}: write hf:OWNER/NAME, hf:OWNER/NAME:SPLIT or "
+                        "hf:OWNER/NAME:CONFIG:SPLIT")  # fmt: skip
+    config, split = [None, None, *rest][-2:]
+    return ProblemSet(name, config, split, args.problem_column, args.answer_column, args.id_column)
+
+
+def read_hub_set(source: str, found: ProblemSet) -> list[dict[str, Any]]:
+    """All rows of a set, by the `datasets` library. Raises UserError naming what there is."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        splits = datasets.load_dataset(found.name, found.config)
+    except Exception as error:  # offline, no such set or config, a format it does not know
+        reason = str(error).partition("\n")[0][:200]
+        raise UserError(f"--problems {source}: the datasets library cannot load {found.name}: "
+                        f"{reason}; check name, config and network") from None  # fmt: skip
+    split = found.split or (next(iter(splits)) if len(splits) == 1 else None)
+    if split not in splits:
+        raise UserError(f"--problems {source}: no split '{split or ''}'; it has "
+                        f"{', '.join(splits)}; name one: hf:OWNER/NAME:SPLIT")  # fmt: skip
+    for column in (found.problem, found.answer):
+        if column not in (known := splits[split].column_names):
+            raise UserError(f"--problems {source}: no column '{column}'; it has "
+                            f"{', '.join(known)}; use hf:{found.name} with --problem-column and "
+                            "--answer-column")  # fmt: skip
+    columns = [c for c in (found.problem, found.answer, found.id) if c in known]
+    return splits[split].select_columns(columns).to_list()
+
+
+def field(row: dict[str, Any], column: str) -> str:
+    """A field as text; a number counts as one. Raises ValueError that says what is wrong."""
+    value = row.get(column)
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"field '{column}' is missing or empty; every problem needs one")
+    if len(value) > PROBLEM_LIMIT:
+        raise ValueError(f"field '{column}' has {len(value)} characters, more than "
+                         f"{PROBLEM_LIMIT}; correct or drop it")  # fmt: skip
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"field '{column}' has half a surrogate pair at character {error.start}, "
+                         "which no tokenizer reads; correct it") from None  # fmt: skip
+    return value
+
+
+def load_problems(
+    args: Args, grader: Grader, ranks: Ranks
+) -> tuple[list[dict[str, str]], dict[str, int]]:
+    """The {"id", "problem", "answer"} to use, and how many were dropped for which reason.
+
+    A problem without text, with the text or id of an earlier one, or with a gold that math-verify
+    cannot parse is an error in a local file, which its owner can correct: UserError naming file,
+    line and field. In a hub set it is dropped, and reported with an example."""
+    source, hub = str(args.problems), problem_set(args)
+    rows = read_hub_set(source, hub) if hub else read_jsonl(args.problems)
+    columns = hub or ProblemSet("", None, None, args.problem_column, args.answer_column,
+                                args.id_column)  # fmt: skip
+    made_ids = hub is not None and (not rows or columns.id not in rows[0])
+    dropped: dict[str, list[str]] = {}
+
+    def reject(reason: str, number: int, message: str) -> None:
+        if hub is None:
+            raise UserError(f"{source}:{number}: {message}")
+        dropped.setdefault(reason, []).append(f"row {number}: {message}")
+
+    candidates, texts, ids = [], {}, {}
+    for number, row in enumerate(rows, 1):
+        try:
+            problem = {"id": str(number) if made_ids else field(row, columns.id),
+                       "problem": field(row, columns.problem),
+                       "answer": field(row, columns.answer)}  # fmt: skip
+        except ValueError as error:
+            reject("unreadable", number, str(error))
+            continue
+        text = " ".join(unicodedata.normalize("NFC", problem["problem"]).split())
+        if (first := ids.setdefault(problem["id"], number)) != number:
+            reject("duplicate_id", number, f"id '{problem['id']}' was used on line {first}; ids "
+                   "are unique")  # fmt: skip
+        elif (first := texts.setdefault(text, number)) != number:
+            reject("duplicate_problem", number, f"field '{columns.problem}' repeats the problem of "
+                   f"line {first}; drop one of them")  # fmt: skip
+        else:
+            candidates.append((number, problem))
+
+    if args.shuffle_seed is not None:
+        random.Random(args.shuffle_seed).shuffle(candidates)
+    problems: list[dict[str, str]] = []
+    wanted = args.limit or len(candidates)
+    while candidates and len(problems) < wanted:  # again where some of the wanted were dropped
+        missing = wanted - len(problems)
+        chosen, candidates = candidates[:missing], candidates[missing:]
+        read = grader.verdicts([(problem["answer"], None) for _, problem in chosen])
+        bad = [problem for _, problem in chosen if not read[problem["answer"], None].correct]
+        for number, problem in chosen:
+            if read[problem["answer"], None].correct:
+                problems.append(problem)
+                continue
+            late = read[problem["answer"], None].correct is None
+            limit = f" within {args.grading_timeout} s" if late else ""
+            reject("unparseable_answer", number, f"field '{columns.answer}': math-verify cannot "
+                   f"parse {problem['answer'][:60]!r}{limit} ({len(bad)} such answers); correct or "
+                   f"drop the problem '{problem['id']}'")  # fmt: skip
+    for reason, messages in dropped.items():
+        ranks.print(f"{source}: dropped {len(messages)} ({reason}), e.g. {messages[0]}")
     if not problems:
-        raise UserError(f"{path}: no problems in it")
-    return problems
+        raise UserError(f"{source}: no problems in it")
+    return problems, {reason: len(messages) for reason, messages in dropped.items()}
 
 
-def encode_prompts(tokenizer: Any, problems: list[dict[str, str]]) -> list[list[int]]:
-    """Prompt token ids: by the chat template where the tokenizer has one, else the problem."""
+def encode_prompts(tokenizer: Any, problems: list[dict[str, str]], args: Args) -> list[list[int]]:
+    """Prompt token ids: --prompt-template filled, then the chat template where there is one.
+
+    Encoded once, and never again. Raises UserError where a problem has control tokens in its text
+    (a template applied before), or the chat template has no place for --system."""
+    chat = bool(tokenizer.chat_template) and not args.no_chat_template
+    if args.system is not None and not chat:
+        raise UserError("--system: the tokenizer has no chat template to put it in; write it into "
+                        "--prompt-template")  # fmt: skip
+    control = [t for t in tokenizer.all_special_tokens if len(t) > 1]  # "a" may be one, in a toy
+    bos = tokenizer.bos_token
     prompts = []
     for row in problems:
-        text, template = row["problem"], bool(tokenizer.chat_template)
-        if template:
-            chat = [{"role": "user", "content": text}]
-            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        prompts.append(tokenizer(text, add_special_tokens=not template).input_ids)
-        if not prompts[-1]:
+        if token := next((t for t in control if t in row["problem"]), None):
+            raise UserError(f"problem '{row['id']}': its text has the control token {token}, as "
+                            "after a chat template; give the bare problem")  # fmt: skip
+        text = args.prompt_template.replace("{problem}", row["problem"])
+        if chat:
+            text = apply_chat_template(tokenizer, args.system, text)
+        # A chat template writes the BOS itself; a second one would be another, unknown prompt.
+        special = not chat and not (bos and text.startswith(bos))
+        ids = list(tokenizer(text, add_special_tokens=special).input_ids)
+        if special and ids and ids[-1] == tokenizer.eos_token_id:
+            ids.pop()  # some tokenizers end every text; a prompt goes on
+        if not ids:
             raise UserError(f"problem '{row['id']}': its prompt has no tokens")
+        prompts.append(ids)
     return prompts
+
+
+def apply_chat_template(tokenizer: Any, system: str | None, user: str) -> str:
+    """The chat as text, up to where the answer begins. Raises UserError naming --system."""
+    import jinja2
+
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages.append({"role": "user", "content": user})
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except jinja2.TemplateError as error:
+        raise UserError(f"the model's chat template refuses the chat ({error}); drop --system, or "
+                        "use --no-chat-template") from None  # fmt: skip
+    if system is not None and system.strip() not in text:
+        raise UserError("--system: the model's chat template leaves it out; write it into "
+                        "--prompt-template")  # fmt: skip
+    return text
+
+
+def opens_thought(tokenizer: Any, prompt: list[int]) -> bool:
+    """Does the prompt end inside <think>, so that the response begins within the thought?"""
+    return "<think>" in tokenizer.decode(prompt[-16:]).rpartition("</think>")[2]
 
 
 @torch.no_grad()
@@ -317,94 +557,236 @@ def all_eos(lm: Any, tokenizer: Any) -> list[int]:
 # Data: grading, in processes that can be killed (SIGALRM cannot interrupt a long big-integer step)
 
 
-def boxed_answer(text: str) -> str | None:
-    r"""Content of the last \boxed{...} after the last </think>, braces balanced; None: no box.
+ANSWER_LIMIT = 2000  # characters of an answer: a longer one is no answer (golds have far fewer)
+WORKER_MEMORY = 2**31  # bytes a grading process may take beyond what it starts with
+CHUNK = 32  # pairs a grading process is sent at once
 
-    Strict on purpose: without a box there is no answer, so a number met in passing never counts."""
-    text = text.rpartition("</think>")[2]
+
+class Verdict(NamedTuple):
+    """What became of a (gold, answer) pair."""
+
+    correct: bool | None  # None: the check took too long or too much memory; counts as wrong
+    key: str | None  # equal wrong answers share it, for the vote; None: correct, or unreadable
+
+    @property
+    def readable(self) -> bool:
+        """Was the answer understood? Only such a one has a vote."""
+        return self.correct is True or self.key is not None
+
+
+def boxed_answer(text: str, in_thought: bool = False) -> str | None:
+    r"""Content of the last \boxed{...} after the thought, braces balanced; None: no answer.
+
+    Strict on purpose: without a box there is no answer, so a number met in passing never counts.
+    A thought that never ends holds no answer. in_thought: the prompt has opened it already."""
+    before, closed, text = text.rpartition("</think>")
+    if in_thought and not closed:
+        return None
+    text = text.partition("<think>")[0]
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
-    depth = 0
-    for position in range(start + 6, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
+    start, depth = start + len("\\boxed{"), 1
+    for match in re.finditer(r"\\.|[{}]", text[start : start + ANSWER_LIMIT + 1], re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)  # \{ and \} are characters of the answer
         if depth == 0:
-            return text[start + 7 : position]
+            return text[start : start + match.start()]
     return None
 
 
-def _parse(answer: str) -> list:
+def parse_answer(answer: str) -> list:
+    """math-verify's reading of one answer, strictly as the content of a box; [] where it has none.
+
+    Without its own timeouts: SIGALRM cannot interrupt a long big-integer step."""
     from math_verify import LatexExtractionConfig, parse
 
     config = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
+    # What math-verify misreads: 12. and 1\,000 (as 1 * 0). All else is as it decides.
+    answer = re.sub(r"(?<=\d)\\[,!](?=\d{3})", "", answer.strip()).removesuffix(".")
     boxed = f"\\boxed{{{answer}}}"
     return parse(boxed, config, extraction_mode="first_match", parsing_timeout=None)
 
 
-def _grade(gold: str, answer: str | None) -> bool:
+parse_gold = functools.lru_cache(maxsize=256)(parse_answer)  # n responses in a row share one
+
+
+def grade_pair(gold: str, answer: str | None) -> Verdict:
     """In a worker: does the answer equal the gold? With answer None: can the gold be parsed?"""
     from math_verify import verify
 
-    parsed = _parse(gold)
     if answer is None:
-        return bool(parsed)
+        return Verdict(len(gold) <= ANSWER_LIMIT and bool(parse_gold(gold)), None)
+    if answer.strip() == gold.strip():
+        return Verdict(True, None)
+    parsed = parse_answer(answer)
     # Gold first: verify is not symmetric.
-    return verify(parsed, _parse(answer), timeout_seconds=None)
+    if not parsed or verify(parse_gold(gold), parsed, timeout_seconds=None):
+        return Verdict(bool(parsed), None)
+    try:
+        return Verdict(False, str(parsed[0]))
+    except ValueError:  # an integer of more digits than Python prints
+        return Verdict(False, answer)
 
 
-def _start_worker() -> None:
-    """A worker may take 2 GiB more than it has: a bomb ends as MemoryError, not the machine's."""
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # we time it from outside, and know
+def work(pipe: Connection) -> None:
+    """A grading process: one verdict for each pair it is sent. Out of memory, it ends.
+
+    It may take WORKER_MEMORY more than it has: a bomb ends here, not the machine."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; its end closes the pipe
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # we time it from outside, and know
     statm = Path("/proc/self/statm")
     if statm.exists():  # Linux
         used = int(statm.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        resource.setrlimit(resource.RLIMIT_AS, (used + 2**31, used + 2**31))
+        resource.setrlimit(resource.RLIMIT_AS, (used + WORKER_MEMORY,) * 2)
+    grade_pair("1", "2")  # the imports and tables of the first call are no answer's time
+    pipe.send(None)
+    with contextlib.suppress(EOFError, OSError, MemoryError):  # the parent has gone; a bomb
+        while True:
+            for pair in pipe.recv():
+                try:
+                    verdict = grade_pair(*pair)
+                except MemoryError:
+                    return
+                except Exception:  # RecursionError, what sympy has not thought of
+                    verdict = Verdict(None, None)
+                pipe.send(verdict)
+
+
+class Worker:
+    """One grading process, the pairs it still has, and when it is late with the first of them."""
+
+    def __init__(self, context: Any) -> None:
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=work, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.pairs: deque[tuple[str, str | None]] = deque()
+        self.deadline = math.inf
+        self.ready = False  # its start is not counted
+        self.answered = 0
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
 
 
 class Grader:
-    """math-verify behind a pool of processes: one that exceeds its time is killed and replaced."""
+    """math-verify in processes that can be killed: a pair that exceeds its time costs that time,
+    and one process."""
 
     def __init__(self, timeout: float) -> None:
-        from pebble import ProcessPool
-
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["__main__", "math_verify"])
-        self.pool = ProcessPool(os.cpu_count() or 1, initializer=_start_worker, context=context)
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["__main__", "math_verify"])
         self.timeout = timeout
+        self.workers: list[Worker] = []
 
     def __enter__(self) -> Grader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.pool.stop()
-        self.pool.join()
+        for worker in self.workers:
+            worker.kill()
+        self.workers.clear()
 
     def verdicts(
         self, pairs: list[tuple[str, str | None]], bar: Any = None
-    ) -> dict[tuple[str, str | None], bool | None]:
-        """Verdict of each distinct (gold, answer); None where it timed out or crashed."""
-        schedule, limit = self.pool.schedule, self.timeout
-        futures = {p: schedule(_grade, args=p, timeout=limit) for p in dict.fromkeys(pairs)}
-        verdicts: dict[tuple[str, str | None], bool | None] = {}
-        for pair, future in futures.items():
-            try:
-                verdicts[pair] = future.result()
-            except Exception:  # timeout, memory, crash: what broke the worker is no proof
-                verdicts[pair] = None
+    ) -> dict[tuple[str, str | None], Verdict]:
+        """Verdict of each distinct (gold, answer)."""
+        waiting = deque(dict.fromkeys(pairs))
+        total, done = len(waiting), {}
+        while len(done) < total:
+            while len(self.workers) < min(cores(), total):
+                self.workers.append(Worker(self.context))
+            for worker in self.workers:
+                if worker.ready and not worker.pairs and waiting:
+                    share = min(CHUNK, -(-len(waiting) // len(self.workers)))
+                    worker.pairs.extend(waiting.popleft() for _ in range(share))
+                    worker.pipe.send(list(worker.pairs))
+                    worker.deadline = time.monotonic() + self.timeout
+            before = len(done)
+            soonest = min(w.deadline for w in self.workers)
+            left = None if soonest == math.inf else max(0.0, soonest - time.monotonic())
+            wait([w.pipe for w in self.workers], left)
+            for worker in list(self.workers):
+                crashed = not self.receive(worker, done)
+                if crashed or time.monotonic() > worker.deadline:
+                    self.replace(worker, crashed, waiting, done)
             if bar is not None:
-                bar.update()
-        return verdicts
+                bar.update(len(done) - before)
+        return done
 
-    def check_golds(self, path: Path, problems: list[dict[str, str]]) -> None:
-        """Raises UserError where math-verify cannot parse a gold: every response would be wrong."""
-        parsed = self.verdicts([(row["answer"], None) for row in problems])
-        bad = [(i, row) for i, row in enumerate(problems, 1) if not parsed[row["answer"], None]]
-        if bad:
-            number, row = bad[0]
-            late = "" if parsed[row["answer"], None] is False else f" within {self.timeout} s"
-            raise UserError(f"{path}:{number}: field 'answer': math-verify cannot parse "
-                            f"{row['answer'][:60]!r}{late} ({len(bad)} such answers); correct or "
-                            f"drop the problem '{row['id']}'")  # fmt: skip
+    def receive(self, worker: Worker, done: dict[tuple[str, str | None], Verdict]) -> bool:
+        """Takes what the worker has sent; False where its process has ended."""
+        try:
+            while worker.pipe.poll():
+                verdict = worker.pipe.recv()
+                if worker.ready:
+                    done[worker.pairs.popleft()] = verdict
+                    worker.answered += 1
+                    worker.deadline = time.monotonic() + self.timeout
+                    if not worker.pairs:
+                        worker.deadline = math.inf
+                worker.ready = True
+        except (EOFError, OSError):
+            return False
+        return True
+
+    def replace(
+        self, worker: Worker, crashed: bool, waiting: deque[tuple[str, str | None]],
+        done: dict[tuple[str, str | None], Verdict],
+    ) -> None:  # fmt: skip
+        """Ends a late or crashed worker; the pair it was at gets its verdict, the rest wait."""
+        worker.kill()
+        self.workers.remove(worker)
+        if not worker.ready:
+            raise UserError("a grading process ended before its first answer; is there memory "
+                            "for it (2 GiB a core), and does math-verify import?")  # fmt: skip
+        # Out of memory after others: they may have left too little. It is tried once more, first.
+        if worker.pairs and not (crashed and worker.answered):
+            done[worker.pairs.popleft()] = Verdict(None, None)
+        waiting.extendleft(reversed(worker.pairs))
+
+
+def cores() -> int:
+    """Grading processes to use: the cores this process may run on."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # Linux
+    return min(32, len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1)
+
+
+class Graded(NamedTuple):
+    """Verdicts on S responses, in their order."""
+
+    answers: list[str | None]  # what stood in the box; None: truncated, or no box
+    rewards: list[bool]
+    classes: list[int]  # equal answers to a problem share a number, 0 is correct; -1: unreadable
+    failures: int  # distinct pairs whose check took too long or too much memory
+
+
+def grade(
+    texts: list[str], truncated: list[bool], in_thought: list[bool], problem_index: list[int],
+    problems: list[dict[str, str]], grader: Grader, ranks: Ranks,
+) -> Graded:  # fmt: skip
+    """Grades S responses; a truncated one has no answer, whatever it says."""
+    drawn = zip(texts, truncated, in_thought, strict=True)
+    answers = [None if cut else boxed_answer(text, thought) for text, cut, thought in drawn]
+    golds = [problems[i]["answer"] for i in problem_index]
+    pairs = [(g, a) for g, a in zip(golds, answers, strict=True) if a is not None]
+    with progress(ranks, len(set(pairs)), 0, "grade distinct answers") as bar:
+        verdicts = grader.verdicts(pairs, bar)
+    nothing = Verdict(False, None)
+    judged = [verdicts.get(pair, nothing) for pair in zip(golds, answers, strict=True)]
+    keys: dict[int, dict[str, int]] = {}  # of each problem: its wrong answers, numbered from 1
+    classes = []
+    for index, verdict in zip(problem_index, judged, strict=True):
+        known = keys.setdefault(index, {})
+        wrong = known.setdefault(verdict.key, len(known) + 1) if verdict.key is not None else -1
+        classes.append(0 if verdict.correct else wrong)
+    failures = sum(verdict.correct is None for verdict in verdicts.values())
+    if failures:
+        ranks.print(f"grading: {failures} distinct answers took more than {grader.timeout} s or "
+                    "2 GiB; they count as wrong")  # fmt: skip
+    return Graded(answers, [verdict.correct is True for verdict in judged], classes, failures)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -437,44 +819,41 @@ def draw_and_grade(
     tokenizer = load_tokenizer(model)
     responses = sample(model, prompts, args, folder, ranks)
     texts = [tokenizer.decode(r["tokens"], skip_special_tokens=True) for r in responses]
-    drawn = zip(responses, texts, strict=True)
-    answers = [None if r["truncated"] else boxed_answer(text) for r, text in drawn]
-    golds = [problems[r["problem"]]["answer"] for r in responses]
-    pairs = [(g, a) for g, a in zip(golds, answers, strict=True) if a is not None]
-    with progress(ranks, len(set(pairs)), 0, "grade distinct answers") as bar:
-        verdicts = grader.verdicts(pairs, bar)
-    rewards = [a is not None and bool(verdicts[g, a]) for g, a in zip(golds, answers, strict=True)]
+    index = [r["problem"] for r in responses]
+    opened = [opens_thought(tokenizer, prompt) for prompt in prompts]
+    graded = grade(texts, [r["truncated"] for r in responses], [opened[i] for i in index], index,
+                   problems, grader, ranks)  # fmt: skip
 
     write_jsonl(folder / "problems.jsonl", problems)
-    table = zip(responses, rewards, answers, golds, texts, strict=True)
+    table = zip(responses, graded.rewards, graded.answers, texts, strict=True)
     write_jsonl(folder / "samples.jsonl", [
         {
             "id": problems[r["problem"]]["id"], "sample": r["sample"], "reward": float(reward),
-            "answer": answer, "gold": gold,
+            "answer": answer, "gold": problems[r["problem"]]["answer"],
             "finish_reason": "length" if r["truncated"] else "stop", "length": len(r["tokens"]),
             "text": text,
         }
-        for r, reward, answer, gold, text in table
+        for r, reward, answer, text in table
     ])  # fmt: skip
     own_prompts = [prompts[r["problem"]] for r in responses]  # the prompt of each response
     sequences = [p + r["tokens"] for p, r in zip(own_prompts, responses, strict=True)]
     logprobs = [[0.0] * len(p) + r["logprobs"] for p, r in zip(own_prompts, responses, strict=True)]
     lengths = torch.tensor([0] + [len(s) for s in sequences])
-    failures = sum(v is None for v in verdicts.values())
     metadata = {
         "model": model, "model_fingerprint": fingerprint(model_folder(model)),
-        "sampling": args.sampling, "unanswered": answers.count(None),
-        "grading_failures": failures, "versions": {"torch": torch.__version__},
+        "sampling": args.sampling, "unanswered": graded.answers.count(None),
+        "grading_failures": graded.failures, "versions": {"torch": torch.__version__},
     }  # fmt: skip
     rollouts = Rollouts(
         folder / "rollouts.safetensors", metadata,
         tokens=flatten(sequences, torch.int32),
         cu_seqlens=lengths.cumsum(0),
         prompt_lens=torch.tensor([len(p) for p in own_prompts], dtype=torch.int32),
-        rewards=torch.tensor(rewards, dtype=torch.float32),
-        problem_index=torch.tensor([r["problem"] for r in responses], dtype=torch.int32),
+        rewards=torch.tensor(graded.rewards, dtype=torch.float32),
+        problem_index=torch.tensor(index, dtype=torch.int32),
         truncated=torch.tensor([r["truncated"] for r in responses]),
         sampler_logprobs=flatten(logprobs, torch.float32),
+        answer_class=torch.tensor(graded.classes, dtype=torch.int32),
     )  # fmt: skip
     save_rollouts(rollouts)
     shutil.rmtree(folder / "parts")
@@ -528,8 +907,21 @@ def collect_metrics(
     for k in (2**i for i in range(int(math.log2(int(count.min()))) + 1)):
         chances = pass_at_k(correct, count, k)
         metrics[f"pass@{k}"] = mean_over_problems(chances, torch.ones(n_problems))
-    metrics["mean_length"] = mean_over_problems(total(rollouts.response_lens), count)
+    if rollouts.answer_class is not None:
+        of_problem = [rollouts.answer_class[index == i].tolist() for i in range(n_problems)]
+        ks = [2**i for i in range(1, int(math.log2(int(count.min()))) + 1)]
+        votes = torch.tensor([majority_at_k(classes, ks) for classes in of_problem if ks])
+        for k, chances in zip(ks, votes.T, strict=True):
+            metrics[f"maj@{k}"] = mean_over_problems(chances, torch.ones(n_problems))
+        silent = (rollouts.answer_class < 0) & ~rollouts.truncated
+        metrics["unparsed"] = mean_over_problems(total(silent), count)
     metrics["truncated"] = mean_over_problems(total(rollouts.truncated), count)
+    lengths, right = rollouts.response_lens, rollouts.rewards == 1
+    metrics["mean_length"] = mean_over_problems(total(lengths), count)
+    for name, chosen in (("length_correct", right), ("length_wrong", ~right)):
+        metrics[name] = (None, None)
+        if chosen.any():
+            metrics[name] = mean_over_problems(total(lengths * chosen), total(chosen))
     if kl is None or base is None:
         return metrics
 
@@ -557,14 +949,89 @@ def collect_metrics(
     return metrics
 
 
-def print_table(args: Args, metrics: dict[str, Any], n_problems: int, ranks: Ranks) -> None:
+def load_compared(args: Args, problems: list[dict[str, str]]) -> tuple[Rollouts, Tensor]:
+    """The rollouts of --compare, and where each of our problems stands in that run [P].
+
+    Raises UserError where it is unfinished or has other problems."""
+    folder, where = args.compare, f"--compare {args.compare}"
+    read_json(folder / "metrics.json")  # written last: the run is complete
+    theirs = {(row["id"], row["problem"], row["answer"]): i
+              for i, row in enumerate(read_jsonl(folder / "problems.jsonl"))}  # fmt: skip
+    ours = [(row["id"], row["problem"], row["answer"]) for row in problems]
+    if different := set(theirs) ^ set(ours):
+        raise UserError(f"{where}: other problems ({len(different)} are in one of the runs only, "
+                        f"e.g. id '{min(different)[0]}'); evaluate both on the same")  # fmt: skip
+    return load_rollouts(folder), torch.tensor([theirs[key] for key in ours])
+
+
+def compare(
+    args: Args, rollouts: Rollouts, compared: tuple[Rollouts, Tensor], ranks: Ranks
+) -> dict[str, Any]:
+    """This run minus the other: {"run", "accuracy", "kl"}, as (difference, low, high); kl is None
+    unless both runs measured it against the same base."""
+    other, at = compared
+    for name, value in args.sampling.items():
+        theirs = other.metadata.get("sampling", {}).get(name)
+        if theirs != value and name in ("temperature", "top_p", "max_new_tokens"):
+            ranks.print(f"note: {name} is {value} here and {theirs} in {args.compare}")
+
+    def sums(run: Rollouts, values: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        index = run.problem_index[chosen]
+        return by_problem(values, index, len(at)), by_problem(torch.ones(len(index)), index,
+                                                              len(at))  # fmt: skip
+
+    def accuracies(run: Rollouts) -> tuple[Tensor, Tensor]:
+        return sums(run, run.rewards, torch.arange(len(run.rewards)))
+
+    theirs = tuple(values[at] for values in accuracies(other))
+    result = {"run": str(args.compare), "kl": None,
+              "accuracy": paired_difference(accuracies(rollouts), theirs)}  # fmt: skip
+    files = [folder / "kl.safetensors" for folder in (args.output, args.compare)]
+    if all(file.is_file() for file in files):
+        bases = [read_json(file.parent / "args.json")["inputs"].get("base") for file in files]
+        (ours, _), (theirs, _) = (load_tensors(file, {}) for file in files)
+        pair = (sums(rollouts, ours["kl"], ours["response"]),
+                tuple(v[at] for v in sums(other, theirs["kl"], theirs["response"])))  # fmt: skip
+        if bases[0] != bases[1]:
+            ranks.print(f"note: {args.compare} has its KL to another base; not compared")
+        else:
+            result["kl"] = paired_difference(*pair)
+    return result
+
+
+def markdown_row(args: Args, metrics: dict[str, Any], n_problems: int) -> str:
+    """Two lines of a Markdown table: its head, and this run with the settings it depends on."""
+    widest = max(int(name[5:]) for name in metrics if name.startswith("pass@"))
+    wanted = ["accuracy", f"pass@{widest}", f"maj@{widest}", "mean_length", "truncated", "kl",
+              "kl_efficiency"]  # fmt: skip
+    names = [name for name in wanted if name in metrics]
+
+    def cell(value: float | None, error: float | None) -> str:
+        digits = 0 if value is not None and abs(value) >= 100 else 3
+        spread = "" if error is None else f" ± {error:.{digits}f}"
+        return "n/a" if value is None else f"{value:.{digits}f}{spread}"
+
+    head = ["model", "problems", "settings", *names]
+    settings = f"T {args.temperature}, top-p {args.top_p}, {args.max_new_tokens} tokens"
+    row = [Path(args.model).name, f"{args.problems.name} {n_problems} x {args.n}", settings,
+           *(cell(*metrics[name]) for name in names)]  # fmt: skip
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), row))
+
+
+def print_table(args: Args, summary: dict[str, Any], ranks: Ranks) -> None:
     """The numbers for people, with what they depend on."""
-    ranks.print(f"\n{args.model}: {n_problems} problems x {args.n} samples, seed {args.seed}, "
-                f"temperature {args.temperature}, top-p {args.top_p}, "
+    ranks.print(f"\n{args.model}: {summary['problems']} problems x {args.n} samples, seed "
+                f"{args.seed}, temperature {args.temperature}, top-p {args.top_p}, "
                 f"at most {args.max_new_tokens} tokens")  # fmt: skip
-    for name, (value, error) in metrics.items():
+    for name, (value, error) in summary["metrics"].items():
         spread = "" if error is None else f" ± {error:.4f}"
         ranks.print(f"  {name:14s} " + ("n/a" if value is None else f"{value:9.4f}{spread}"))
+    for name in ("accuracy", "kl"):
+        if summary["compare"] and summary["compare"][name]:
+            difference, low, high = summary["compare"][name]
+            ranks.print(f"  {name} - that of {summary['compare']['run']}: {difference:+.4f}, "
+                        f"95 % interval {low:+.4f} to {high:+.4f}")  # fmt: skip
+    ranks.print("\n" + summary["markdown"])
 
 
 def main(args: Args) -> None:
@@ -572,20 +1039,26 @@ def main(args: Args) -> None:
     ranks = setup_ranks()
     if ranks.world_size > 1:
         raise UserError("evaluate.py is one process; start it with python, not torchrun")
-    problems = load_problems(args.problems, args.problem_column, args.answer_column)
     models = {"model": args.model} | ({"base": args.base} if args.base else {})
     check_vocabulary(list(models.values()))
     inputs = {name: fingerprint(model_folder(path)) for name, path in models.items()}
-    inputs["problems"] = fingerprint(args.problems)
-    prompts = encode_prompts(load_tokenizer(args.model), problems)
-    base = load_base_run(args, inputs["base"], problems) if args.base_run else None
     with Grader(args.grading_timeout) as grader:
-        if not (args.output / "metrics.json").is_file():
-            grader.check_golds(args.problems, problems)
-        # All input has been checked: from here on things are written.
-        if not start_run(args.output, args, inputs, ranks, last_file="metrics.json"):
-            stored = read_json(args.output / "metrics.json")
-            return print_table(args, stored["metrics"], stored["problems"], ranks)
+        problems, dropped = load_problems(args, grader, ranks)
+        # Of what is used, not of the file: a hub set has none, and --limit leaves some out.
+        inputs["problems"] = hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]
+        prompts = encode_prompts(load_tokenizer(args.model), problems, args)
+        base = load_base_run(args, inputs["base"], problems) if args.base_run else None
+        compared = load_compared(args, problems) if args.compare else None
+        # All input has been checked: from here on things are written. Any run may be compared with
+        # another later, so --compare is no part of what it is.
+        identity = dataclasses.replace(args, compare=None)
+        if not start_run(args.output, identity, inputs, ranks, last_file="metrics.json"):
+            summary = read_json(args.output / "metrics.json")
+            if compared:
+                rollouts = load_rollouts(args.output)
+                summary["compare"] = compare(args, rollouts, compared, ranks)
+                write_json(args.output / "metrics.json", summary)
+            return print_table(args, summary, ranks)
         rollouts = draw_and_grade(args.model, problems, prompts, args, args.output, grader, ranks)
         if args.base and base is None:
             folder, same = args.output / "base", inputs["base"] == inputs["model"]
@@ -599,10 +1072,12 @@ def main(args: Args) -> None:
 
     metrics = collect_metrics(rollouts, kl, base)
     summary = {"model": args.model, "base": args.base, "problems": len(problems),
-               "sampling": args.sampling}  # fmt: skip
-    counts = {name: rollouts.metadata[name] for name in ("unanswered", "grading_failures")}
-    write_json(args.output / "metrics.json", summary | counts | {"metrics": metrics})
-    print_table(args, metrics, len(problems), ranks)
+               "dropped": dropped, "sampling": args.sampling}  # fmt: skip
+    summary |= {name: rollouts.metadata[name] for name in ("unanswered", "grading_failures")}
+    summary["markdown"] = markdown_row(args, metrics, len(problems))
+    summary["compare"] = compare(args, rollouts, compared, ranks) if compared else None
+    write_json(args.output / "metrics.json", summary | {"metrics": metrics})
+    print_table(args, summary | {"metrics": metrics}, ranks)
 
 
 if __name__ == "__main__":

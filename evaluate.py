@@ -677,7 +677,9 @@ class Grader:
 
     def __init__(self, timeout: float) -> None:
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["__main__", "math_verify"])
+        # What this file imports: a process forked with all that is there in a moment.
+        self.context.set_forkserver_preload(["torch.distributed", "tyro", "safetensors.torch",
+                                             "math_verify", "tqdm"])  # fmt: skip
         self.timeout = timeout
         self.workers: list[Worker] = []
 

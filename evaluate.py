@@ -5,6 +5,7 @@ on held-out problems it is the judge of every policy.
 
     accuracy       avg@n: mean over problems of the share of correct responses
     pass@k         1 - C(n-c, k) / C(n, k), c correct of n: unbiased, from the number drawn
+    maj@k          chance that the commonest of k answers is the correct one, exact over all subsets
     KL             E_{y ~ policy} sum_t KL(policy(.|y_<t) || base(.|y_<t)), whole vocabulary, nats a
                    response
     k1             E_{y ~ policy} sum_t log policy(y_t) - log base(y_t): the same by sampled tokens
@@ -14,7 +15,8 @@ on held-out problems it is the judge of every policy.
 
 Each with its standard error over problems (they are independent, the samples of one are not).
 
-Reads   a model folder; problems, one {"id", "problem", "answer"} a line; with --base another model.
+Reads   a model folder; problems, one {"id", "problem", "answer"} a line, or a hub set; with --base
+        another model; with --compare another evaluation.
 Writes  OUTPUT/ rollouts.safetensors, samples.jsonl (for people), problems.jsonl, metrics.json; with
         --base also kl.safetensors (per response) and, unless --base-run names it, base/ (the base's
         own samples).
@@ -158,21 +160,26 @@ def pass_at_k(correct: Tensor, n: Tensor, k: int) -> Tensor:
     return torch.tensor(chances, dtype=torch.float64)
 
 
+VOTES = 1000  # samples of a problem up to which C(n, k) is a float64
+
+
 def majority_at_k(classes: list[int], ks: list[int]) -> list[float]:
     """Exact chance that the commonest answer among k of n samples is the correct one, for each k.
 
     classes: [n], equal answers share a number, 0 is correct, below 0 has no vote. Over all subsets
     of k; a tie of t answers is won with chance 1/t; without any vote it is lost. Counted, not
     sampled: with j votes for the correct answer, `ways[t, v]` is the number of ways to give v of
-    the other draws away, t answers having j as well and none more. Raises ValueError at k > n."""
+    the other draws away, t answers having j as well and none more. Raises ValueError at k > n, and
+    at n > 1000, where the counts leave float64."""
     n, sizes = len(classes), Counter(c for c in classes if c >= 0)
     if max(ks) > n:
         raise ValueError(f"maj@{max(ks)} needs {max(ks)} samples of every problem; one has {n}")
+    if n > VOTES:
+        raise ValueError(f"maj@k is counted for at most {VOTES} samples, not {n}")
     correct, silent = sizes.pop(0, 0), n - sum(c >= 0 for c in classes)
-    kind = float if n <= 1000 else object  # beyond, C(n, k) needs Python's integers
-    won = np.zeros(n + 1, dtype=kind)  # subsets of each size, as shared by those who tie
+    won = np.zeros(n + 1)  # subsets of each size, as shared by those who tie
     for j in range(1, correct + 1):
-        ways = np.zeros((1 + len(sizes), n + 1), dtype=kind)
+        ways = np.zeros((1 + len(sizes), n + 1))
         ways[0, : silent + 1] = [math.comb(silent, v) for v in range(silent + 1)]
         for size in sizes.values():
             before, ways = ways, np.zeros_like(ways)
@@ -655,9 +662,11 @@ def work(pipe: Connection) -> None:
 class Worker:
     """One grading process, the pairs it still has, and when it is late with the first of them."""
 
+    target = staticmethod(work)
+
     def __init__(self, context: Any) -> None:
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(theirs,), daemon=True)
+        self.process = context.Process(target=self.target, args=(theirs,), daemon=True)
         self.process.start()
         theirs.close()
         self.pairs: deque[tuple[str, str | None]] = deque()
@@ -911,7 +920,8 @@ def collect_metrics(
         metrics[f"pass@{k}"] = mean_over_problems(chances, torch.ones(n_problems))
     if rollouts.answer_class is not None:
         of_problem = [rollouts.answer_class[index == i].tolist() for i in range(n_problems)]
-        ks = [2**i for i in range(1, int(math.log2(int(count.min()))) + 1)]
+        widest = int(math.log2(int(count.min()))) if int(count.max()) <= VOTES else 0
+        ks = [2**i for i in range(1, widest + 1)]
         votes = torch.tensor([majority_at_k(classes, ks) for classes in of_problem if ks])
         for k, chances in zip(ks, votes.T, strict=True):
             metrics[f"maj@{k}"] = mean_over_problems(chances, torch.ones(n_problems))

@@ -208,6 +208,29 @@ CASES = [
          contents("problems.jsonl", b"")),
     Case("no problems file", EVALUATE, ("problems.jsonl", "no such file"),
          lambda w: (w / "problems.jsonl").unlink()),
+    Case("duplicate problem", EVALUATE, ("problems.jsonl:3", "'problem'", "repeats", "line"),
+         lambda w: problem(3, problem=common.read_jsonl(w / "problems.jsonl")[0]["problem"])(w)),
+    Case("half a surrogate pair", EVALUATE, ("problems.jsonl:2", "surrogate", "correct it"),
+         line(2, '{"id": "x", "problem": "\\ud800", "answer": "1"}')),
+    Case("brackets without end", EVALUATE, ("problems.jsonl:2", "JSON"), line(2, "[" * 100_000)),
+    Case("hub set offline", EVALUATE.replace("{w}/problems.jsonl", "hf:nobody/nothing"),
+         ("hf:nobody/nothing", "cannot load", "check name")),
+    Case("hub name malformed", EVALUATE.replace("{w}/problems.jsonl", "hf:a:b:c:d"),
+         ("hf:a:b:c:d", "hf:OWNER/NAME")),
+    # prompts
+    Case("no place for the problem", EVALUATE + " --prompt-template Solve.",
+         ("--prompt-template", "'Solve.'", "{problem}", "add it")),
+    Case("system without chat", EVALUATE + " --system Hi --no-chat-template",
+         ("--system", "--no-chat-template", "--prompt-template")),
+    Case("system without a chat template", EVALUATE + " --system Hi",
+         ("--system", "no chat template", "--prompt-template")),
+    # comparison
+    Case("compare with nothing", EVALUATE + " --compare {w}/nowhere",
+         ("nowhere/metrics.json", "no such file")),
+    Case("compare with other problems", EVALUATE + " --compare {w}/rollouts",
+         ("--compare", "other problems", "evaluate both"),
+         lambda w: (common.write_json(w / "rollouts/metrics.json", {}),
+                    problem(2, id="renamed")(w))),
     # models
     Case("no such model", EVALUATE.replace("{base}", "{w}/nowhere"),
          ("nowhere", "no such folder")),
@@ -354,6 +377,7 @@ CASES = [
         --top-p 0: above 0
         --top-p 1.5: at most 1
         --kl-samples -1: 0 or more
+        --limit -1: 0 or more
         --grading-timeout 0: above 0
     """),
     *flag_cases("stage 1", STAGE1, """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from pathlib import Path
@@ -12,7 +13,14 @@ import torch
 
 import common
 import evaluate
-from evaluate import boxed_answer, kl_efficiency, least_kl, pass_at_k, tilted_optimum
+from evaluate import (
+    boxed_answer,
+    kl_efficiency,
+    least_kl,
+    majority_at_k,
+    pass_at_k,
+    tilted_optimum,
+)  # fmt: skip
 
 EOS, PROMPT, LIMIT = 1, [2, 3], 3  # the enumerable policies: vocabulary 4, at most 3 new tokens
 
@@ -42,6 +50,86 @@ def test_pass_at_k_uses_each_problems_own_number_of_samples():
 def test_pass_at_k_refuses_more_than_the_samples():
     with pytest.raises(ValueError, match=r"pass@4 .*one has 3"):
         pass_at_k(torch.tensor([1, 1]), torch.tensor([3, 8]), 4)
+
+
+# --------------------------------------------------------------------------------------------------
+# maj@k
+
+
+def majority_by_enumeration(classes, k):
+    """Every subset of k: the share of it that the vote wins, a tie shared evenly."""
+    won = []
+    for subset in itertools.combinations(classes, k):
+        votes = {c: subset.count(c) for c in subset if c >= 0}
+        winners = [c for c in votes if votes[c] == max(votes.values())]
+        won.append((0 in winners) / max(1, len(winners)))
+    return sum(won) / len(won)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_majority_equals_enumeration_of_all_subsets(seed):
+    rng = np.random.default_rng(seed)
+    classes = rng.integers(-1, rng.integers(1, 6), rng.integers(1, 10)).tolist()
+    ks = list(range(1, len(classes) + 1))
+    expected = [majority_by_enumeration(classes, k) for k in ks]
+    assert majority_at_k(classes, ks) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("classes", "k", "expected"),
+    [
+        ([0, 0, 1], 3, 1.0),
+        ([0, 1, 2], 3, 1 / 3),  # a tie of three
+        ([0, 1, 1, -1], 4, 0.0),
+        ([0, -1, -1, -1], 4, 1.0),  # silence does not vote
+        ([-1, -1], 2, 0.0),  # no vote at all
+        ([0, 1, 2, 3], 1, 0.25),  # one vote: the accuracy
+        ([0, 0, 1, 1], 2, 0.5),
+    ],
+)
+def test_majority_by_hand(classes, k, expected):
+    assert majority_at_k(classes, [k]) == pytest.approx([expected])
+
+
+def test_majority_of_many_samples():
+    """A share of 0.6 against 0.4 nearly always wins; no count overflows at the limit."""
+    with np.errstate(all="raise"):
+        values = [majority_at_k([0] * (6 * m) + [1] * (4 * m), [m])[0] for m in (20, 100)]
+        assert 0.8 < values[0] < values[1] < 1
+        first, _, last = majority_at_k([0] * 501 + [1] * 499, [1, 500, 1000])
+        assert (first, last) == pytest.approx((0.501, 1))
+    with pytest.raises(ValueError, match="at most 1000 samples"):
+        majority_at_k([0] * 1001, [2])
+
+
+def test_majority_refuses_more_than_the_samples():
+    with pytest.raises(ValueError, match=r"maj@4 .*one has 3"):
+        majority_at_k([0, 1, 2], [1, 4])
+
+
+# --------------------------------------------------------------------------------------------------
+# Two runs compared
+
+
+def test_paired_difference_against_numpys_bootstrap():
+    """Paired: the spread is that of the differences, not of two independent runs."""
+    rng = np.random.default_rng(0)
+    rate = rng.random(150)  # problems differ far more than the runs
+    ours, theirs = rng.binomial(16, np.minimum(rate + 0.05, 1)), rng.binomial(8, rate)
+    difference, low, high = evaluate.paired_difference(
+        (torch.tensor(ours), torch.full((150,), 16)), (torch.tensor(theirs), torch.full((150,), 8))
+    )
+    per_problem = ours / 16 - theirs / 8
+    assert difference == pytest.approx(per_problem.mean())
+    draws = per_problem[rng.integers(0, 150, (20000, 150))].mean(1)
+    assert [low, high] == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.003)
+    independent = 1.96 * (np.var(ours / 16) / 150 + np.var(theirs / 8) / 150) ** 0.5
+    assert high - low < independent  # of two independent runs it would be twice that
+
+
+def test_paired_difference_with_itself_is_zero():
+    run = (double(3, 1, 4), double(8, 8, 8))
+    assert evaluate.paired_difference(run, run) == (0, 0, 0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -176,9 +264,28 @@ def test_collect_metrics():
     errors = {name: error for name, (_, error) in metrics.items()}
     assert errors["accuracy"] == pytest.approx(np.std([2 / 3, 1 / 3], ddof=1) / 2**0.5)
     assert errors["base_accuracy"] == pytest.approx(0)
+    assert (values["length_correct"], values["length_wrong"]) == pytest.approx((8 / 3, 16 / 3))
+    # Ratio of sums: each problem has residuals (T - m C) of its own count of correct responses.
+    residual = np.array([6 - 8 / 3 * 2, 2 - 8 / 3 * 1])
+    assert errors["length_correct"] == pytest.approx((2 * (residual**2).sum()) ** 0.5 / 3)
     alone = evaluate.collect_metrics(rollouts, None, None)
     assert "kl" not in alone
     assert alone["accuracy"] == metrics["accuracy"]
+
+
+def test_collect_metrics_counts_votes_and_silence():
+    rollouts = made_rollouts([1, 1, 0, 0, 0, 0, 0, 0], [0] * 4 + [1] * 4, [1, 1, 1, 8, 2, 2, 2, 2])
+    classes = torch.tensor([0, 0, 1, -1, 1, 1, -1, 2], dtype=torch.int32)
+    voted = dataclasses.replace(rollouts, answer_class=classes)
+    metrics = evaluate.collect_metrics(voted, None, None)
+    assert metrics["maj@4"][0] == pytest.approx(0.5)
+    by_hand = np.mean([majority_by_enumeration([0, 0, 1, -1], 2), 0])
+    assert metrics["maj@2"][0] == pytest.approx(by_hand)
+    # Response 3 is silent because it was truncated: counted once, as that.
+    assert (metrics["unparsed"][0], metrics["truncated"][0]) == (1 / 8, 1 / 8)
+    assert evaluate.collect_metrics(rollouts, None, None).keys() & {"maj@2", "unparsed"} == set()
+    nothing = evaluate.collect_metrics(made_rollouts([0, 0], [0, 1], [1, 1]), None, None)
+    assert nothing["length_correct"] == (None, None)
 
 
 def test_collect_metrics_has_no_efficiency_where_the_policy_is_not_better():

@@ -804,9 +804,11 @@ def grade(
 # Steps of main
 
 
-def load_base_run(args: Args, base_fingerprint: str, problems: list[dict[str, str]]) -> Rollouts:
-    """The rollouts in --base-run. Raises UserError where they are of another model, other problems
-    or other sampling: p and a are comparable only on the same."""
+def load_base_run(
+    args: Args, base_fingerprint: str, problems: list[dict[str, str]], prompts: list[list[int]]
+) -> Rollouts:
+    """The rollouts in --base-run. Raises UserError where they are of another model, other problems,
+    prompts or sampling: p and a are comparable only on the same."""
     base, where = load_rollouts(args.base_run), f"--base-run {args.base_run}"
     if base.metadata.get("model_fingerprint") != base_fingerprint:
         made_by = base.metadata.get("model")
@@ -817,6 +819,11 @@ def load_base_run(args: Args, base_fingerprint: str, problems: list[dict[str, st
     for name in ("temperature", "top_p", "max_new_tokens"):
         if theirs[name] != ours[name]:
             raise UserError(f"{where}: {name} {theirs[name]}, here {ours[name]}; make them equal")
+    starts, sizes = base.cu_seqlens.tolist(), base.prompt_lens.tolist()
+    for s, i in enumerate(base.problem_index.tolist()):
+        if base.tokens[starts[s] : starts[s] + sizes[s]].tolist() != prompts[i]:
+            raise UserError(f"{where}: other prompts (--system, --prompt-template, "
+                            "--no-chat-template, chat template); make them equal")  # fmt: skip
     return base
 
 
@@ -1037,7 +1044,7 @@ def print_table(args: Args, summary: dict[str, Any], ranks: Ranks) -> None:
                 f"at most {args.max_new_tokens} tokens")  # fmt: skip
     for name, (value, error) in summary["metrics"].items():
         spread = "" if error is None else f" ± {error:.4f}"
-        ranks.print(f"  {name:14s} " + ("n/a" if value is None else f"{value:9.4f}{spread}"))
+        ranks.print(f"  {name:15s} " + ("n/a" if value is None else f"{value:9.4f}{spread}"))
     for name in ("accuracy", "kl"):
         if summary["compare"] and summary["compare"][name]:
             difference, low, high = summary["compare"][name]
@@ -1059,7 +1066,7 @@ def main(args: Args) -> None:
         # Of what is used, not of the file: a hub set has none, and --limit leaves some out.
         inputs["problems"] = hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]
         prompts = encode_prompts(load_tokenizer(args.model), problems, args)
-        base = load_base_run(args, inputs["base"], problems) if args.base_run else None
+        base = load_base_run(args, inputs["base"], problems, prompts) if args.base_run else None
         compared = load_compared(args, problems) if args.compare else None
         # All input has been checked: from here on things are written. Any run may be compared with
         # another later, so --compare is no part of what it is.

@@ -222,8 +222,8 @@ CASES = [
          ("--prompt-template", "'Solve.'", "{problem}", "add it")),
     Case("system without chat", EVALUATE + " --system Hi --no-chat-template",
          ("--system", "--no-chat-template", "--prompt-template")),
-    Case("system without a chat template", EVALUATE + " --system Hi",
-         ("--system", "no chat template", "--prompt-template")),
+    Case("base run with other prompts", BASE_RUN + " --prompt-template Solve{{problem}}",
+         ("--base-run", "other prompts", "make them equal"), base_run()),
     # comparison
     Case("compare with nothing", EVALUATE + " --compare {w}/nowhere",
          ("nowhere/metrics.json", "no such file")),

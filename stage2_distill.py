@@ -1,6 +1,7 @@
 """Stage 2: start at the base again and follow the signals as far as a trust region allows.
 
-    target_t = clip(scale signal_t, -c, c), 0 below a floor
+    target_t = clip(scale signal_t, -c, c); 0 below a floor, and 0 where the step alone costs more
+               than delta nats: d(p exp(target_t) || p) > delta, p = base(y_t)
     log_ratio_t = log policy(y_t) - log base(y_t)     r_t = exp(log_ratio_t)
 
     regression  (log_ratio_t - target_t)^2               a clipped regression: no signal, no move
@@ -9,11 +10,14 @@
     reverse_kl  KL(policy || teacher), whole vocabulary  teacher (need --teacher, read no signal)
     + kl_coef KL                                         per token at the prefixes the base visited
 
-Trust region: signal clip c and floor, ratio clip (pg), probability-difference mask (pg), KL
-penalty, and a KL budget in nats a response: sum_t r - 1 - log r on responses to *held-out problems
-of the rollouts*, never trained on. It is a proxy, at the base's prefixes; the KL that is reported
-is evaluate.py's, on the student's own samples. Past the budget the run goes back to its last policy
-within it, and ends (stop) or goes on with half the learning rate (rollback).
+Trust region. Per token: signal clip c and floor, the bound delta on its KL, ratio clip (pg),
+probability-difference mask (pg). Delta matters most with a ruined teacher: a bounded log-ratio is
+not a bounded step. Where the base is sure (p near 1) a target of -3 moves nearly all probability to
+tokens the base never writes, at many nats; on a rare token the same target costs nearly nothing.
+For the whole: KL penalty, and a KL budget in nats a response: sum_t r - 1 - log r on responses to
+*held-out problems of the rollouts*, never trained on. It is a proxy, at the base's prefixes; the KL
+that is reported is evaluate.py's, on the student's own samples. Past the budget the run goes back
+to its last policy within it, and ends (stop) or goes on with half the learning rate (rollback).
 
 Reads   --base (a model folder), --rollouts (of evaluate.py), --signals (of build_signals.py, for
         the same rollouts).
@@ -70,9 +74,11 @@ class Args:
     signal_scale: float = 1.0
     """factor on the signal (lambda of G-OPD, whose scripts use 1 and 1.25)"""
     signal_clip: float = 2.0
-    """c, bound of the scaled signal, nats a token (the arithmetic example uses 3 and 4)"""
+    """c, bound of the scaled signal, nats a token (the arithmetic example: 3 and 5)"""
     signal_floor: float = 0.0
-    """scaled signals below this, nats a token, count as 0 (the arithmetic example: 0.6 to 1.5)"""
+    """scaled signals below this, nats a token, count as 0 (the arithmetic example: 0.5 to 1.5)"""
+    token_kl: float = 0.2
+    """delta, nats: tokens whose target alone costs more are held at the base; inf: off (ours)"""
     clip_low: float = 0.2
     """eps_low of pg: ratios are clipped at 1 - eps_low (PPO)"""
     clip_high: float = 0.28
@@ -132,7 +138,8 @@ class Args:
             raise UserError(f"--kl-budget {self.kl_budget}: must be above 0 nats")
         counts = "epochs batch_size micro_batch_tokens kl_every"
         require(self, counts, lambda v: v >= 1, "1 or more")
-        require(self, "learning_rate signal_clip max_grad_norm", lambda v: v > 0, "above 0")
+        above_0 = "learning_rate signal_clip token_kl max_grad_norm"
+        require(self, above_0, lambda v: v > 0, "above 0")
         zero_up = "signal_floor kl_coef weight_decay warmup_steps clip_high"
         require(self, zero_up, lambda v: v >= 0, "0 or more")
         require(self, "clip_low", lambda v: 0 <= v <= 1, "between 0 and 1")
@@ -152,7 +159,7 @@ class DistillInputs:
     policy_logprobs: Tensor  # [T] float32, carries the gradient; zero on prompts
     behavior_logprobs: Tensor  # [T] float32; zero on prompts
     base_logprobs: Tensor  # [T] float32; zero on prompts
-    signal: Tensor  # [T] float32, zero on prompts
+    target: Tensor  # [T] float32, the bounded signal; zero on prompts
     response_mask: Tensor  # [T] bool
     teacher_kl: Tensor  # [T] whole-vocabulary KL to the teacher; zero for regression and pg
 
@@ -160,30 +167,36 @@ class DistillInputs:
 LossOutput = tuple[Tensor, dict[str, Tensor]]  # unnormalised sum; {metric: tensor [sum, count]}
 
 
-def clipped_signal(
-    signal: Tensor, signal_scale: float, signal_clip: float, signal_floor: float
-) -> Tensor:
-    """clip(scale signal, -c, c), and 0 where |scale signal| < floor: no token is asked to move
-    further than c nats, and one that carries no verdict is held at the base."""
+def bernoulli_kl(a_logprobs: Tensor, p_logprobs: Tensor) -> Tensor:
+    """d(a || p) of coins given by log a and log p: the least KL of moving a token's probability
+    from p to a, whatever becomes of the other tokens. Same shape, nats."""
+    log_a, log_p = a_logprobs.clamp(max=-1e-7), p_logprobs.clamp(max=-1e-7)  # log(1 - p) is finite
+    log_not_a, log_not_p = torch.log(-torch.expm1(log_a)), torch.log(-torch.expm1(log_p))
+    return log_a.exp() * (log_a - log_p) - torch.expm1(log_a) * (log_not_a - log_not_p)
+
+
+def bounded_target(
+    signal: Tensor, base_logprobs: Tensor, *, signal_scale: float, signal_clip: float,
+    signal_floor: float, token_kl: float, **_: Any,
+) -> Tensor:  # fmt: skip
+    """clip(scale signal, -c, c), and 0 (hold the base) where it is below the floor, or where the
+    step alone costs more than delta: d(base exp(target) || base) > delta."""
     target = (signal_scale * signal).clamp(-signal_clip, signal_clip)
-    return torch.where(target.abs() < signal_floor, 0.0, target)
+    cost = bernoulli_kl(base_logprobs + target, base_logprobs)
+    return torch.where((target.abs() < signal_floor) | (cost > token_kl), 0.0, target)
 
 
-def regression_loss(
-    x: DistillInputs, *, signal_scale: float, signal_clip: float, signal_floor: float, **_: Any
-) -> LossOutput:
+def regression_loss(x: DistillInputs, **_: Any) -> LossOutput:
     """(log policy - log base - target)^2: without signal the student is held at the base."""
-    target = clipped_signal(x.signal, signal_scale, signal_clip, signal_floor)
-    error = (x.policy_logprobs - x.base_logprobs - target) * x.response_mask
+    error = (x.policy_logprobs - x.base_logprobs - x.target) * x.response_mask
     return error.square().sum(), {}
 
 
 def pg_loss(
-    x: DistillInputs, *, signal_scale: float, signal_clip: float, signal_floor: float,
-    clip_low: float, clip_high: float, prob_mask: float | None, **_: Any,
-) -> LossOutput:  # fmt: skip
+    x: DistillInputs, *, clip_low: float, clip_high: float, prob_mask: float | None, **_: Any
+) -> LossOutput:
     """-min(r A, clip(r) A), A = target, r against the behavior policy, inside the trust region."""
-    advantages = clipped_signal(x.signal, signal_scale, signal_clip, signal_floor)
+    advantages = x.target
     ratio = safe_exp(x.policy_logprobs - x.behavior_logprobs)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     keep = x.response_mask
@@ -210,12 +223,9 @@ OBJECTIVES: dict[str, Callable[..., LossOutput]] = {
 
 
 @torch.no_grad()
-def diagnostics(
-    x: DistillInputs, entropy: Tensor, signal_scale: float, signal_clip: float, signal_floor: float
-) -> dict[str, Tensor]:
+def diagnostics(x: DistillInputs, entropy: Tensor) -> dict[str, Tensor]:
     """What one watches while a student moves -> {name: [sum, count]}."""
     log_ratio, mask = x.policy_logprobs - x.base_logprobs, x.response_mask
-    target = clipped_signal(x.signal, signal_scale, signal_clip, signal_floor)
 
     def mean(values: Tensor, where: Tensor) -> Tensor:
         return torch.stack([(values * where).sum(), where.sum()])
@@ -223,9 +233,9 @@ def diagnostics(
     return {
         "ratio": mean(safe_exp(log_ratio), mask),
         "entropy": mean(entropy, mask),
-        "signal_clipped": mean((target.abs() >= signal_clip).float(), mask),
-        "log_ratio_credit": mean(log_ratio, mask & (target > 0)),  # follows the signal up ...
-        "log_ratio_blame": mean(log_ratio, mask & (target < 0)),  # ... and down
+        "target_share": mean((x.target != 0).float(), mask),
+        "log_ratio_credit": mean(log_ratio, mask & (x.target > 0)),  # follows the signal up ...
+        "log_ratio_blame": mean(log_ratio, mask & (x.target < 0)),  # ... and down
     }
 
 
@@ -233,8 +243,8 @@ def diagnostics(
 # Data
 
 
-def load_signals(args: Args, rollouts: Rollouts) -> dict[str, Tensor]:
-    """signal, base_logprobs and behavior_logprobs -> {name: [N] float32}.
+def load_signals(args: Args, rollouts: Rollouts) -> tuple[Tensor, ...]:
+    """behavior_logprobs, base_logprobs, signal: three [N] float32.
 
     Raises UserError where the file belongs to other rollouts or another base."""
     tensors, metadata = load_tensors(args.signals, dict.fromkeys(ARRAYS, torch.float32))
@@ -249,7 +259,25 @@ def load_signals(args: Args, rollouts: Rollouts) -> dict[str, Tensor]:
         if tensors[name].shape != rollouts.tokens.shape or not tensors[name].isfinite().all():
             raise UserError(f"--signals {args.signals}: '{name}' is not finite or not aligned with "
                             "the rollouts; make it again")  # fmt: skip
-    return {name: tensors[name] for name in ARRAYS}
+    return tuple(tensors[name] for name in ARRAYS)
+
+
+def print_targets(
+    args: Args, signal: Tensor, target: Tensor, rollouts: Rollouts, ranks: Ranks
+) -> None:
+    """What the trust region makes of the signal, as shares of the response tokens."""
+    mask = rollouts.response_mask
+    scaled, kept = (args.signal_scale * signal[mask]).abs(), target[mask] != 0
+
+    def share(tokens: Tensor) -> str:
+        return f"{tokens.float().mean():.1%}"
+
+    ranks.print(
+        f"targets: {share(kept)} of response tokens get one ({share(kept & (target[mask] < 0))} "
+        f"down), {share(kept & (scaled > args.signal_clip))} clipped at {args.signal_clip:g}; held "
+        f"at the base for --token-kl {args.token_kl:g}: "
+        f"{share(~kept & (scaled >= args.signal_floor) & (scaled > 0))}"
+    )
 
 
 def split_problems(rollouts: Rollouts, share: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -309,7 +337,7 @@ def main(args: Args) -> None:
     inputs = {"base": fingerprint(model_folder(args.base)), "rollouts": fingerprint(rollouts.path)}
     teacher = None
     if args.signals:
-        arrays = load_signals(args, rollouts)
+        behavior_logprobs, base_logprobs, signal = load_signals(args, rollouts)
         inputs["signals"] = fingerprint(args.signals)
     else:
         inputs["teacher"] = fingerprint(model_folder(args.teacher))
@@ -322,8 +350,12 @@ def main(args: Args) -> None:
         return
     if teacher is not None:
         row_budget, what = args.micro_batch_tokens, "score the base"
-        base = score(policy, rollouts, temperature, row_budget, ranks, what)
-        arrays = dict.fromkeys(ARRAYS, base) | {"signal": torch.zeros_like(base)}
+        base_logprobs = score(policy, rollouts, temperature, row_budget, ranks, what)
+        behavior_logprobs, signal = base_logprobs, torch.zeros_like(base_logprobs)
+    target = bounded_target(signal, base_logprobs, **vars(args))
+    arrays = (behavior_logprobs, base_logprobs, target)
+    if args.signals:
+        print_targets(args, signal, target, rollouts, ranks)
 
     optimizer = make_optimizer(policy, args.learning_rate, args.weight_decay)
     state = load_checkpoint(args.output, policy, optimizer, ranks)
@@ -333,7 +365,6 @@ def main(args: Args) -> None:
     steps_per_epoch = -(-len(trained) // args.batch_size)
     total_steps = args.epochs * steps_per_epoch
     loss_function = OBJECTIVES[args.objective]
-    signal_settings = (args.signal_scale, args.signal_clip, args.signal_floor)
     bar = progress(ranks, total_steps, step, f"stage 2 {args.objective}")
     if step == 0:
         save_checkpoint(args.output, state, policy, optimizer, ranks)  # the base: in any budget
@@ -352,8 +383,8 @@ def main(args: Args) -> None:
                 policy, teacher, row, temperature, args.objective
             )
             mask = row.response_mask
-            behavior, base, signal = (arrays[k][row.flat].to(ranks.device) * mask for k in ARRAYS)
-            x = DistillInputs(policy_logprobs, behavior, base, signal, mask, teacher_kl)
+            behavior, base, target = (a[row.flat].to(ranks.device) * mask for a in arrays)
+            x = DistillInputs(policy_logprobs, behavior, base, target, mask, teacher_kl)
             loss_sum, metrics = loss_function(x, **vars(args))
             loss = loss_sum / n_tokens
             if args.kl_coef:
@@ -361,7 +392,7 @@ def main(args: Args) -> None:
                 kl_sum = (kl * mask).sum()
                 loss = loss + args.kl_coef * kl_sum / n_responses
             (loss * ranks.world_size).backward()  # FSDP averages over ranks; the objective is a sum
-            metrics |= diagnostics(x, entropy, *signal_settings)
+            metrics |= diagnostics(x, entropy)
             share = 1 / (len(rows) * ranks.world_size)  # so that the micro-batches' losses add up
             metrics["loss"] = torch.stack([loss.detach(), loss.new_tensor(share)])
             sums = {name: sums.get(name, 0) + value for name, value in metrics.items()}
@@ -375,8 +406,9 @@ def main(args: Args) -> None:
         bar.update()
 
         if step % args.kl_every == 0 or step == total_steps:
-            base = arrays["base_logprobs"]
-            spent = measure_kl_proxy(policy, rollouts, held_out, base, temperature, args, ranks)
+            spent = measure_kl_proxy(
+                policy, rollouts, held_out, base_logprobs, temperature, args, ranks
+            )
             values["kl_proxy"] = spent
             bar.set_postfix(kl_proxy=f"{spent:.3f}", refresh=False)
             budget = math.inf if args.kl_budget is None else args.kl_budget

@@ -50,7 +50,7 @@ STUDENT_COLOUR, BASE_COLOUR = "#D55E00", "#000000"
 SHARED_SAMPLING = ("temperature", "top_p", "max_new_tokens")
 RECIPE = (
     "loss", "objective", "invert_rewards", "unlearn", "epochs", "learning_rate", "kl_coef",
-    "signal_scale", "signal_clip", "signal_floor", "kl_budget",
+    "signal_scale", "signal_clip", "signal_floor", "token_kl", "kl_budget",
 )  # fmt: skip
 METRICS = (
     "accuracy", "pass@8", "kl", "k1", "kl_efficiency", "entropy", "mean_length", "truncated",

@@ -11,11 +11,19 @@ import torch
 import common
 import stage2_distill
 from common import chunked_kl, kl_penalty
-from stage2_distill import Args, DistillInputs, clipped_signal, diagnostics, split_problems
+from stage2_distill import (
+    Args,
+    DistillInputs,
+    bernoulli_kl,
+    bounded_target,
+    diagnostics,
+    print_targets,
+    split_problems,
+)  # fmt: skip
 
 SETTINGS = vars(Args(base="b", rollouts=Path("r"), output=Path("o")))
-SETTINGS |= {"signal_scale": 1.0, "signal_clip": 2.0, "signal_floor": 0.0}
 SETTINGS |= {"clip_low": 0.2, "clip_high": 0.28}
+BOUNDS = {"signal_scale": 1.0, "signal_clip": 2.0, "signal_floor": 0.0, "token_kl": math.inf}
 T = torch.tensor([0.5, 0.5], dtype=torch.float64)
 S = torch.tensor([0.9, 0.1], dtype=torch.float64)
 
@@ -26,13 +34,14 @@ def call(name, x, **changes):
 
 
 def inputs(policy, base, signal, behavior=None, teacher_kl=None):
-    """Response tokens behind two prompt tokens, float64."""
+    """Response tokens behind two prompt tokens, float64; the signal clipped at 2."""
     zeros = [0.0, 0.0]
     double = lambda values: torch.tensor(zeros + list(values), dtype=torch.float64)  # noqa: E731
     n = len(policy)
     return DistillInputs(
         double(policy).requires_grad_(), double(base if behavior is None else behavior),
-        double(base), double(signal), torch.tensor([False, False] + [True] * n),
+        double(base), bounded_target(double(signal), double(base), **BOUNDS),
+        torch.tensor([False, False] + [True] * n),
         double(teacher_kl or [0.0] * n),
     )  # fmt: skip
 
@@ -74,15 +83,71 @@ def test_regression_is_against_the_base_not_the_sampler():
     assert gradient("regression", x) == (0, [0])
 
 
-def test_clipped_signal():
-    signal = torch.tensor([-9.0, -1.0, 0.0, 0.4, 1.0, 9.0])
+def test_bounded_target_clips_and_drops_what_is_small():
+    signal, base = torch.tensor([-9.0, -1.0, 0.0, 0.4, 1.0, 9.0]), torch.full((6,), -4.0)
     for scale, floor, expected in [
         (1.5, 0.0, [-2, -1.5, 0, 0.6, 1.5, 2]),
         (-1.0, 0.0, [2, 1, 0, -0.4, -1, -2]),
         (1.5, 0.7, [-2, -1.5, 0, 0, 1.5, 2]),  # what carries no verdict is held at the base
     ]:
-        target = clipped_signal(signal, scale, 2.0, floor)
-        assert target.tolist() == pytest.approx(expected)
+        settings = BOUNDS | {"signal_scale": scale, "signal_floor": floor}
+        assert bounded_target(signal, base, **settings).tolist() == pytest.approx(expected)
+
+
+def test_bernoulli_kl_equals_the_formula_and_the_binary_distribution():
+    a, p = torch.tensor([0.5, 0.01, 0.9, 0.3]).double(), torch.tensor([0.9, 0.2, 0.1, 0.3]).double()
+    coin = torch.distributions.Bernoulli
+    expected = torch.distributions.kl_divergence(coin(a), coin(p))
+    assert bernoulli_kl(a.log(), p.log()).tolist() == pytest.approx(expected.tolist())
+    assert bernoulli_kl(a.log(), p.log())[0].item() == pytest.approx(0.5 * math.log(0.25 / 0.09))
+
+
+def test_bernoulli_kl_is_the_least_of_all_distributions_with_that_token():
+    torch.manual_seed(0)
+    base = torch.rand(6, dtype=torch.float64).softmax(0)
+    moved = torch.rand(1000, 6, dtype=torch.float64).softmax(1)
+    whole = (moved * (moved / base).log()).sum(1)
+    assert (bernoulli_kl(moved[:, 0].log(), base[0].log()) <= whole).all()
+    scaled = base * (0.9 / (1 - base[0]))  # the rest in proportion: the bound is met
+    scaled[0] = 0.1
+    least = bernoulli_kl(torch.tensor(0.1).double().log(), base[0].log())
+    assert (scaled * (scaled / base).log()).sum().item() == pytest.approx(least.item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bernoulli_kl_is_finite_at_the_edges(dtype):
+    logprobs = torch.tensor([0.0, -1e-9, -1e-3, -1.0, -50.0, -1e4, 3.0], dtype=dtype)
+    cost = bernoulli_kl(logprobs[:, None], logprobs[None])
+    assert cost.isfinite().all()
+    assert (cost >= -1e-6).all()
+    assert cost.diagonal().abs().max() == 0
+
+
+def test_token_kl_holds_forced_tokens_and_lets_rare_ones_go():
+    """The same target: costly where the base is sure, nearly free where the token is rare."""
+    base = torch.tensor([0.9999, 0.5, 0.05, 0.9999]).log()
+    signal = torch.tensor([-2.0, -2.0, -2.0, 0.0])
+    bounded = bounded_target(signal, base, **(BOUNDS | {"token_kl": 0.2}))
+    assert bounded.tolist() == [0, 0, -2, 0]  # d(.0677 || .5) = .45 nats; d(.0068 || .05) = .03
+    wider = bounded_target(signal, base, **(BOUNDS | {"token_kl": 0.5}))
+    assert wider.tolist() == [0, -2, -2, 0]
+    assert bounded_target(signal, base, **BOUNDS).tolist() == [-2, -2, -2, 0]
+
+
+def test_what_the_targets_keep_is_printed(rollouts, ranks, capsys):
+    args = Args(base="b", rollouts=Path("r"), output=Path("o"), signal_clip=2.0, token_kl=0.2)
+    mask = rollouts.response_mask
+    signal = torch.zeros(len(mask))
+    signal[mask.nonzero()[:4, 0]] = torch.tensor([-3.0, 0.5, -3.0, 0.0])
+    base = torch.full_like(signal, -4.0)
+    base[mask.nonzero()[2, 0]] = -1e-4
+    target = bounded_target(signal, base, **vars(args))
+    print_targets(args, signal, target, rollouts, ranks)
+    n = int(mask.sum())
+    said = capsys.readouterr().out
+    for part in (f"targets: {2 / n:.1%} of response tokens get one ({1 / n:.1%} down)",
+                 f"{1 / n:.1%} clipped at 2", f"--token-kl 0.2: {1 / n:.1%}"):  # fmt: skip
+        assert part in said
 
 
 # --------------------------------------------------------------------------------------------------
@@ -294,9 +359,9 @@ def test_inputs_are_left_unchanged():
         x.teacher_kl.requires_grad_()
         before = {field: value.detach().clone() for field, value in vars(x).items()}
         call(name, x, prob_mask=0.2)[0].backward()
-        diagnostics(x, torch.ones(4), 1.0, 2.0, 0.0)
+        diagnostics(x, torch.ones(4))
         kl_penalty(x.policy_logprobs, "forward")
-        clipped_signal(x.signal, 2.0, 0.1, 0.0)
+        bounded_target(x.target, x.base_logprobs, **(BOUNDS | {"signal_clip": 0.1}))
         assert all(torch.equal(before[field], value) for field, value in vars(x).items())
 
 
@@ -342,10 +407,10 @@ def test_gradcheck(name):
 def test_diagnostics_equal_brute_force():
     x = inputs([-0.5, -1.7, -0.2, -0.9], [-1.0, -1.2, -0.2, -1.0], [0.5, -5.0, 0.0, 2.5])
     entropy = torch.tensor([9.0, 9.0, 0.1, 0.2, 0.3, 0.4])
-    means = {k: (v[0] / v[1]).item() for k, v in diagnostics(x, entropy, 1.0, 2.0, 0.0).items()}
+    means = {k: (v[0] / v[1]).item() for k, v in diagnostics(x, entropy).items()}
     assert means == pytest.approx({
         "ratio": sum(math.exp(d) for d in (0.5, -0.5, 0, 0.1)) / 4, "entropy": 0.25,
-        "signal_clipped": 0.5, "log_ratio_credit": 0.3, "log_ratio_blame": -0.5,
+        "target_share": 0.75, "log_ratio_credit": 0.3, "log_ratio_blame": -0.5,
     })  # fmt: skip
 
 
@@ -383,5 +448,5 @@ def test_a_rank_without_work_adds_nothing(name, policy, other_policy, rollouts):
     loss.backward()
     assert loss.item() == 0
     assert all((p.grad == 0).all() for p in policy.parameters())
-    counted = metrics | diagnostics(x, entropy, 1.0, 2.0, 0.0)
+    counted = metrics | diagnostics(x, entropy)
     assert all((value == 0).all() for value in counted.values())

@@ -428,6 +428,8 @@ CASES = [
         --micro-batch-tokens 0: 1 or more
         --learning-rate -1: above 0
         --signal-clip 0: above 0
+        --token-kl 0: above 0
+        --signal-floor -1: 0 or more
         --max-grad-norm 0: above 0
         --kl-budget 0: above 0
         --kl-holdout 0: between 0 and 1

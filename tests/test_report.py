@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import report
+import seeds
 import torch
 
 import common
@@ -204,6 +205,29 @@ def test_whole_report(tmp_path, capsys):
     assert page.count("data:image/png;base64,") == 2 and "http" not in page
     assert "above the best early-stopping path" in page
     assert capsys.readouterr().out.splitlines()[-1] == str(run / "report.html")
+
+
+def test_seeds_table(tmp_path, capsys):
+    """Two runs that differ in one number: its mean and deviation, and the paired comparisons."""
+    runs = (tmp_path / "seed1", tmp_path / "seed2")
+    make_run(runs[0])
+    report.main(report.Args(runs[0], resamples=200))
+    summary = common.read_json(runs[0] / "summary.json")
+    by_name = {row["name"]: row for row in summary["policies"]}
+    student = by_name["student_strong"]
+    first = student["accuracy"]
+    student["accuracy"] -= 0.1
+    common.write_json(runs[1] / "summary.json", summary)
+    capsys.readouterr()
+    seeds.main(seeds.Args(runs, tmp_path / "results.md"))
+    text = (tmp_path / "results.md").read_text()
+    assert capsys.readouterr().out == text
+    assert text.startswith("Mean ± standard deviation over 2 seeds")
+    assert f"| student: strong | {first - 0.05:.3f} ± {0.1 / 2**0.5:.3f} |" in text
+    row = next(r for r in summary["comparisons"] if r["kind"] == "policy" and r["against"] == "ce")
+    assert f"| student_strong | ce | {row['accuracy_difference']:+.3f} ± 0.000 | 0 of 2 |" in text
+    assert "never reached in 2 of 2" in text
+    assert "| student_strong | base |" not in text  # the base is not what stage 1 ended with
 
 
 def test_bad_input_is_named(tmp_path):

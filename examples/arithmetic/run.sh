@@ -25,10 +25,12 @@ echo "$KIND" > "$RUN/kind"
 if [ "$KIND" = quick ]; then
   BASE="--train 48 --test 64 --steps 150"
   N=4 EVAL_N=8 CURVE="--problems 16 --n 2"
-  CE="--epochs 2" SAPO="--epochs 2" UNLEARN="--epochs 1" GRPO="--epochs 1" STUDENT="--epochs 1"
+  CE="--epochs 2" GENTLE="--epochs 1" SAPO="--epochs 2" GRPO="--epochs 1" UNLEARN="--epochs 1"
+  STUDENT="--epochs 1"
 else
   BASE="" N=16 EVAL_N=8 CURVE="--problems 256 --n 4"
   CE="--epochs 4 --save-at 0.5 1 2 3 4"
+  GENTLE="--epochs 3 --save-at 0.5 1 2 3"
   SAPO="--epochs 3 --save-at 0.5 1 2 3"
   GRPO="--epochs 3 --save-at 0.5 1 2 3"
   UNLEARN="--epochs 2 --save-at 2"
@@ -36,14 +38,17 @@ else
 fi
 # Stage 1. ce: the published beta, weak enough to go far past its best. sapo: a rate that ruins it.
 # The unlearned policy learns inverted verdicts, gently, the pass rate of each problem taken out.
+# Rivals, to be beaten at equal KL: ordinary clipped GRPO, and a CE bound enough to be stopped early.
 CE="--loss ce --beta 0.05 --learning-rate 1e-4 $CE"
 SAPO="--loss sapo --learning-rate 3e-4 $SAPO"
-GRPO="--loss grpo --learning-rate 2e-4 $GRPO"
 UNLEARN="--loss ce --beta 0.5 --ce-prior --invert-rewards --learning-rate 1e-4 $UNLEARN"
-# Stage 2. The noisier the teacher, the smaller the scale and the shorter the run.
-STRONG="--signal-scale 1 --signal-clip 3 --signal-floor 1.5 --learning-rate 2e-4 --epochs 1"
-RUINED="--signal-scale 0.2 --signal-clip 3 --learning-rate 2e-4 --epochs 1"
-UNLEARNED="--signal-scale 4 --signal-clip 5 --signal-floor 0.8 --learning-rate 2e-4 $STUDENT"
+GRPO="--loss grpo --learning-rate 2e-4 $GRPO"
+GENTLE="--loss ce --beta 0.5 --learning-rate 2e-4 $GENTLE"
+# Stage 2. The ruined teacher blames much that is not guilty: few tokens pass floor and token-kl. The
+# unlearned policy, never pushed far, is clean and faint: a large scale and a wide bound.
+STRONG="--signal-scale 1 --signal-clip 3 --signal-floor 0.5 --token-kl 0.2 --learning-rate 2e-4"
+RUINED="--signal-scale 1 --signal-clip 3 --signal-floor 1.5 --token-kl 0.15 --learning-rate 2e-4"
+UNLEARNED="--signal-scale 5 --signal-clip 5 --signal-floor 1 --token-kl 0.6 --learning-rate 3e-4"
 SAMPLE="--max-new-tokens 128 --seed $SEED"
 
 say() { printf '\n== %s\n' "$1"; }
@@ -57,7 +62,7 @@ student() { # student NAME TEACHER REFERENCE FLAGS...: signals and distillation
   local name=$1 teacher=$2 reference=$3; shift 3
   "$PYTHON" build_signals.py --rollouts "$RUN/rollouts" --base "$RUN/base" \
     --teachers "$teacher" --references "$reference" --output "$RUN/signals/$name.safetensors"
-  "$PYTHON" stage2_distill.py --base "$RUN/base" --rollouts "$RUN/rollouts" \
+  "$PYTHON" stage2_distill.py --base "$RUN/base" --rollouts "$RUN/rollouts" $STUDENT \
     --signals "$RUN/signals/$name.safetensors" --output "$RUN/students/$name" --seed "$SEED" "$@"
 }
 
@@ -86,37 +91,33 @@ if [ ! -f "$RUN/annotated" ]; then
   touch "$RUN/annotated"
 fi
 
-strong_and_unlearned() {
+extreme_and_gentle() {
   stage1 ce $CE
-  stage1 unlearned $UNLEARN
+  stage1 ce_gentle $GENTLE
 }
-ruined_and_ordinary() {
+ruined_ordinary_and_unlearned() {
   stage1 sapo $SAPO
   stage1 grpo $GRPO
+  stage1 unlearned $UNLEARN
 }
-say "stage 1: a strong teacher and an unlearned policy; in the background a ruined one, and GRPO"
-beside stage1 ruined_and_ordinary
-strong_and_unlearned
+say "stage 1: a strong teacher and its gentle rival; in the background a ruined one, GRPO, an unlearned"
+beside stage1 ruined_ordinary_and_unlearned
+extreme_and_gentle
 join
 
-from_strong_and_ruined() {
+from_strong_and_unlearned() {
   student strong "$RUN/stage1/ce" "$RUN/base" $STRONG
-  student ruined "$RUN/stage1/sapo" "$RUN/base" $RUINED
-}
-from_unlearned() {
   student unlearned "$RUN/base" "$RUN/stage1/unlearned" $UNLEARNED
 }
-say "signals and stage 2: students of the strong and the ruined teacher, and of the unlearned policy"
-beside stage2 from_unlearned
-from_strong_and_ruined
-join
-
-judge_checkpoints() {
+from_ruined_then_curve() {
+  student ruined "$RUN/stage1/sapo" "$RUN/base" $RUINED
   "$PYTHON" examples/arithmetic/judge.py --run "$RUN" --what checkpoints --seed "$SEED" $CURVE
 }
-say "evaluation on held-out problems; in the background the checkpoints of stage 1"
-beside curve judge_checkpoints
-"$PYTHON" examples/arithmetic/judge.py --run "$RUN" --what policies --seed "$SEED" --n $EVAL_N
+say "signals and stage 2; in the background the ruined teacher's, then all checkpoints of stage 1"
+beside stage2 from_ruined_then_curve
+from_strong_and_unlearned
 join
 
+say "evaluation on held-out problems"
+"$PYTHON" examples/arithmetic/judge.py --run "$RUN" --what policies --seed "$SEED" --n $EVAL_N
 "$PYTHON" examples/report.py --run "$RUN"

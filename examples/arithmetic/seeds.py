@@ -1,8 +1,8 @@
-"""Mean and spread over seeds of what examples/arithmetic/run.sh measured: the README's table.
+"""Mean and spread over seeds of what examples/arithmetic/run.sh measured: docs/results.md.
 
 Reads   RUN/summary.json of each run folder.
 
-Writes  with --output a Markdown table: mean over the runs and, behind ±, their standard deviation.
+Writes  with --output Markdown tables: mean over the runs and, behind ±, their standard deviation.
 
     python examples/arithmetic/seeds.py --runs runs/arithmetic/seed1 runs/arithmetic/seed2
 """
@@ -74,42 +74,60 @@ def signals_table(summaries: list[dict]) -> list[str]:
     return lines
 
 
-def comparisons_table(summaries: list[dict]) -> list[str]:
-    """Student against each early-stopping path, at equal KL and at equal accuracy."""
-    lines = [
-        "| student | against | accuracy at equal KL: difference | KL at equal accuracy: ratio |",
-        "|---|---|---|---|",
-    ]
+def comparisons(summaries: list[dict], kind: str) -> dict[tuple[str, str], list[dict]]:
+    """{(student, rival): its row of every run}, of one kind of comparison; shared ones only."""
     tables = [
-        {(row["student"], row["against"]): row for row in summary["comparisons"]
-         if row["kind"] == "path"}
-        for summary in summaries
-    ]  # fmt: skip
-    for key in tables[0]:
-        if all(key in table for table in tables):
-            rows = [table[key] for table in tables]
-            gain = spread([row["accuracy_difference"] for row in rows], "{:+.3f}")
-            reached = [row["kl_ratio"] for row in rows if row["kl_ratio"] is not None]
-            ratio = spread(reached, "{:.2f}")
-            if len(reached) < len(rows):
-                never = f"never reached in {len(rows) - len(reached)} of {len(rows)}"
-                ratio = f"{ratio}; {never}" if reached else never
-            lines.append(f"| {key[0]} | {key[1]} | {gain} | {ratio} |")
+        {(row["student"], row["against"]): row for row in s["comparisons"] if row["kind"] == kind}
+        for s in summaries
+    ]
+    return {k: [t[k] for t in tables] for k in tables[0] if all(k in table for table in tables)}
+
+
+def paths_table(summaries: list[dict]) -> list[str]:
+    """Student against stage 1 stopped early, at equal KL and at equal accuracy."""
+    lines = ["| student | stage 1 stopped early | accuracy at equal KL: student minus it "
+             "| KL at equal accuracy: it over student |", "|---|---|---|---|"]  # fmt: skip
+    for (student, rival), rows in comparisons(summaries, "path").items():
+        gain = spread([row["accuracy_difference"] for row in rows], "{:+.3f}")
+        reached = [row["kl_ratio"] for row in rows if row["kl_ratio"] is not None]
+        ratio = spread(reached, "{:.2f}")
+        if len(reached) < len(rows):
+            never = f"never reached in {len(rows) - len(reached)} of {len(rows)}"
+            ratio = f"{ratio}; {never}" if reached else never
+        lines.append(f"| {student} | {rival} | {gain} | {ratio} |")
+    return lines
+
+
+def ends_table(summaries: list[dict]) -> list[str]:
+    """Student against what stage 1 ended with: a paired bootstrap over problems in each run."""
+    lines = ["| student | end of | accuracy: difference | lower in | pass@8: difference "
+             "| KL: it over student |", "|---|---|---|---|---|---|"]  # fmt: skip
+    kinds = {row["name"]: row["kind"] for row in summaries[0]["policies"]}
+    for (student, rival), rows in comparisons(summaries, "policy").items():
+        if kinds.get(rival) != "stage1":
+            continue
+        lower = sum(row["accuracy_difference_ci"][1] < 0 for row in rows)  # 95 % interval
+        cells = [
+            spread([row["accuracy_difference"] for row in rows], "{:+.3f}"),
+            f"{lower} of {len(rows)}",
+            spread([row["pass_at_8_difference"] for row in rows], "{:+.3f}"),
+            spread([row["kl_ratio"] for row in rows], "{:.2f}"),
+        ]
+        lines.append(f"| {student} | {rival} | " + " | ".join(cells) + " |")
     return lines
 
 
 def main(args: Args) -> None:
     summaries = [common.read_json(run / "summary.json") for run in args.runs]
     settings = summaries[0]["settings"]
-    lines = [
+    title = (
         f"Mean ± standard deviation over {len(summaries)} seeds (fresh problems and a fresh base "
         f"each); {settings['problems']} held-out problems x {settings['samples']} samples, "
         f"temperature {settings['temperature']}, top-p {settings['top_p']}, at most "
-        f"{settings['max_new_tokens']} tokens.",
-        "",
-        *policies_table(summaries), "", *signals_table(summaries), "",
-        *comparisons_table(summaries),
-    ]  # fmt: skip
+        f"{settings['max_new_tokens']} tokens."
+    )
+    tables = (policies_table, signals_table, paths_table, ends_table)
+    lines = [title, *(line for table in tables for line in ("", *table(summaries)))]
     text = "\n".join(lines) + "\n"
     if args.output:
         with common.atomic(args.output) as temporary:

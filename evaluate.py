@@ -349,6 +349,46 @@ def field(row: dict[str, Any], column: str) -> str:
     return value
 
 
+class Rejects:
+    """Problems that cannot be used: in a local file an error, in a hub set counted and dropped."""
+
+    def __init__(self, source: str, hub: bool) -> None:
+        self.source, self.hub = source, hub
+        self.messages: dict[str, list[str]] = {}  # by reason
+
+    def add(self, reason: str, number: int, message: str) -> None:
+        """Raises UserError with the line where the owner of the file can correct it."""
+        if not self.hub:
+            raise UserError(f"{self.source}:{number}: {message}")
+        self.messages.setdefault(reason, []).append(f"row {number}: {message}")
+
+
+def distinct_problems(
+    rows: list[dict[str, Any]], columns: ProblemSet, rejects: Rejects
+) -> list[tuple[int, dict[str, str]]]:
+    """(line, {"id", "problem", "answer"}) of each row that has all three, and a text of its own."""
+    made_ids = rejects.hub and bool(rows) and columns.id not in rows[0]
+    found, texts, ids = [], {}, {}
+    for number, row in enumerate(rows, 1):
+        try:
+            problem = {"id": str(number) if made_ids else field(row, columns.id),
+                       "problem": field(row, columns.problem),
+                       "answer": field(row, columns.answer)}  # fmt: skip
+        except ValueError as error:
+            rejects.add("unreadable", number, str(error))
+            continue
+        text = " ".join(unicodedata.normalize("NFC", problem["problem"]).split())
+        if (first := ids.setdefault(problem["id"], number)) != number:
+            rejects.add("duplicate_id", number, f"id '{problem['id']}' was used on line {first}; "
+                        "ids are unique")  # fmt: skip
+        elif (first := texts.setdefault(text, number)) != number:
+            rejects.add("duplicate_problem", number, f"field '{columns.problem}' repeats the "
+                        f"problem of line {first}; drop one of them")  # fmt: skip
+        else:
+            found.append((number, problem))
+    return found
+
+
 def load_problems(
     args: Args, grader: Grader, ranks: Ranks
 ) -> tuple[list[dict[str, str]], dict[str, int]]:
@@ -358,59 +398,33 @@ def load_problems(
     cannot parse is an error in a local file, which its owner can correct: UserError naming file,
     line and field. In a hub set it is dropped, and reported with an example."""
     source, hub = str(args.problems), problem_set(args)
+    local = ProblemSet("", None, None, args.problem_column, args.answer_column, args.id_column)
+    rejects = Rejects(source, hub is not None)
     rows = read_hub_set(source, hub) if hub else read_jsonl(args.problems)
-    columns = hub or ProblemSet("", None, None, args.problem_column, args.answer_column,
-                                args.id_column)  # fmt: skip
-    made_ids = hub is not None and (not rows or columns.id not in rows[0])
-    dropped: dict[str, list[str]] = {}
-
-    def reject(reason: str, number: int, message: str) -> None:
-        if hub is None:
-            raise UserError(f"{source}:{number}: {message}")
-        dropped.setdefault(reason, []).append(f"row {number}: {message}")
-
-    candidates, texts, ids = [], {}, {}
-    for number, row in enumerate(rows, 1):
-        try:
-            problem = {"id": str(number) if made_ids else field(row, columns.id),
-                       "problem": field(row, columns.problem),
-                       "answer": field(row, columns.answer)}  # fmt: skip
-        except ValueError as error:
-            reject("unreadable", number, str(error))
-            continue
-        text = " ".join(unicodedata.normalize("NFC", problem["problem"]).split())
-        if (first := ids.setdefault(problem["id"], number)) != number:
-            reject("duplicate_id", number, f"id '{problem['id']}' was used on line {first}; ids "
-                   "are unique")  # fmt: skip
-        elif (first := texts.setdefault(text, number)) != number:
-            reject("duplicate_problem", number, f"field '{columns.problem}' repeats the problem of "
-                   f"line {first}; drop one of them")  # fmt: skip
-        else:
-            candidates.append((number, problem))
-
+    candidates = distinct_problems(rows, hub or local, rejects)
     if args.shuffle_seed is not None:
         random.Random(args.shuffle_seed).shuffle(candidates)
+
     problems: list[dict[str, str]] = []
     wanted = args.limit or len(candidates)
     while candidates and len(problems) < wanted:  # again where some of the wanted were dropped
         missing = wanted - len(problems)
         chosen, candidates = candidates[:missing], candidates[missing:]
         read = grader.verdicts([(problem["answer"], None) for _, problem in chosen])
-        bad = [problem for _, problem in chosen if not read[problem["answer"], None].correct]
-        for number, problem in chosen:
-            if read[problem["answer"], None].correct:
-                problems.append(problem)
-                continue
+        bad = [(number, p) for number, p in chosen if not read[p["answer"], None].correct]
+        for number, problem in bad:
             late = read[problem["answer"], None].correct is None
             limit = f" within {args.grading_timeout} s" if late else ""
-            reject("unparseable_answer", number, f"field '{columns.answer}': math-verify cannot "
-                   f"parse {problem['answer'][:60]!r}{limit} ({len(bad)} such answers); correct or "
-                   f"drop the problem '{problem['id']}'")  # fmt: skip
-    for reason, messages in dropped.items():
+            column = (hub or local).answer
+            rejects.add("unparseable_answer", number, f"field '{column}': math-verify cannot parse "
+                        f"{problem['answer'][:60]!r}{limit} ({len(bad)} such answers); correct or "
+                        f"drop the problem '{problem['id']}'")  # fmt: skip
+        problems += [p for _, p in chosen if read[p["answer"], None].correct]
+    for reason, messages in rejects.messages.items():
         ranks.print(f"{source}: dropped {len(messages)} ({reason}), e.g. {messages[0]}")
     if not problems:
         raise UserError(f"{source}: no problems in it")
-    return problems, {reason: len(messages) for reason, messages in dropped.items()}
+    return problems, {reason: len(messages) for reason, messages in rejects.messages.items()}
 
 
 def encode_prompts(tokenizer: Any, problems: list[dict[str, str]], args: Args) -> list[list[int]]:

@@ -47,7 +47,7 @@ import signal
 import time
 import unicodedata
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -688,6 +688,12 @@ class Worker:
         self.ready = False  # its start is not counted
         self.answered = 0
 
+    def give(self, pairs: Iterable[tuple[str, str | None]]) -> None:
+        """Sends it pairs; its time begins when it is ready."""
+        self.pairs.extend(pairs)
+        with contextlib.suppress(OSError):  # it has gone: `receive` will find that out
+            self.pipe.send(list(self.pairs))
+
     def kill(self) -> None:
         self.process.kill()
         self.process.join()
@@ -705,6 +711,7 @@ class Grader:
                                              "math_verify", "tqdm"])  # fmt: skip
         self.timeout = timeout
         self.workers: list[Worker] = []
+        self.failed_starts = 0  # in a row
 
     def __enter__(self) -> Grader:
         return self
@@ -726,8 +733,7 @@ class Grader:
             for worker in self.workers:
                 if worker.ready and not worker.pairs and waiting:
                     share = min(CHUNK, -(-len(waiting) // len(self.workers)))
-                    worker.pairs.extend(waiting.popleft() for _ in range(share))
-                    worker.pipe.send(list(worker.pairs))
+                    worker.give([waiting.popleft() for _ in range(share)])
                     worker.deadline = time.monotonic() + self.timeout
             before = len(done)
             soonest = min(w.deadline for w in self.workers)
@@ -749,10 +755,9 @@ class Grader:
                 if worker.ready:
                     done[worker.pairs.popleft()] = verdict
                     worker.answered += 1
-                    worker.deadline = time.monotonic() + self.timeout
-                    if not worker.pairs:
-                        worker.deadline = math.inf
                 worker.ready = True
+                late = time.monotonic() + self.timeout
+                worker.deadline = late if worker.pairs else math.inf
         except (EOFError, OSError):
             return False
         return True
@@ -764,11 +769,16 @@ class Grader:
         """Ends a late or crashed worker; the pair it was at gets its verdict, the rest wait."""
         worker.kill()
         self.workers.remove(worker)
-        if not worker.ready:
+        self.failed_starts = 0 if worker.ready else self.failed_starts + 1
+        if self.failed_starts > 3:
             raise UserError("a grading process ended before its first answer; is there memory "
                             "for it (2 GiB a core), and does math-verify import?")  # fmt: skip
-        # Out of memory after others: they may have left too little. It is tried once more, first.
-        if worker.pairs and not (crashed and worker.answered):
+        if crashed and worker.answered and worker.pairs:
+            # Out of memory after others, which may have left too little: once more, in a fresh one.
+            self.workers.append(Worker(self.context))
+            self.workers[-1].give(worker.pairs)
+            return
+        if worker.pairs:
             done[worker.pairs.popleft()] = Verdict(None, None)
         waiting.extendleft(reversed(worker.pairs))
 

@@ -111,18 +111,19 @@ QUIRKS = [
 ]  # fmt: skip
 
 
-def test_verdict_table() -> None:
+@pytest.mark.parametrize(("part", "limit"), [(slice(0, -4), 20.0), (slice(-4, None), 1.5)])
+def test_verdict_table(part: slice, limit: float) -> None:
     """The whole path, response by response; only the hostile ones may run out of time."""
-    n, began = len(QUIRKS), time.monotonic()
-    with Grader(3.0) as short:
+    quirks = QUIRKS[part]
+    n = len(quirks)
+    with Grader(limit) as grader:
         graded = evaluate.grade(
-            [q.response for q in QUIRKS], [False] * n, [False] * n, list(range(n)),
-            [{"answer": q.gold} for q in QUIRKS], short, common.Ranks(0, 1, None),
+            [q.response for q in quirks], [False] * n, [False] * n, list(range(n)),
+            [{"answer": q.gold} for q in quirks], grader, common.Ranks(0, 1, None),
         )  # fmt: skip
-    wrong = [q for q, reward in zip(QUIRKS, graded.rewards, strict=True) if reward != q.verdict]
+    wrong = [q for q, reward in zip(quirks, graded.rewards, strict=True) if reward != q.verdict]
     assert wrong == []
-    assert graded.failures <= 4
-    assert time.monotonic() - began < 60
+    assert graded.failures == 0 or limit < 20
 
 
 def test_every_gold_of_the_table_can_be_parsed(grader: Grader) -> None:
@@ -190,17 +191,16 @@ def test_equal_wrong_answers_share_a_class(grader: Grader) -> None:
 
 
 def hostile_answers() -> list[str]:
-    """Sixty answers that break parsers: nested, huge, cut, random; none of them is 7."""
+    """Answers that break parsers: nested, huge, cut, random; none of them is 7."""
     rng = random.Random(0)
     nested = [r"\frac{%s}{2}", r"\sqrt{%s}", "2^{%s}", "(%s)", r"\left(%s\right)", r"\{%s\}",
               r"\text{%s}", r"\begin{pmatrix}%s\end{pmatrix}", "|%s|", r"\log(%s)"]  # fmt: skip
     made = []
     for form in nested:
-        for depth in (30, 190):
-            text = "1"
-            for _ in range(depth):
-                text = form.replace("%s", text)
-            made.append(text)
+        text = "1"
+        for _ in range(190):
+            text = form.replace("%s", text)
+        made.append(text)
     made += ["9" * 1999, "9" * 4301, "1." + "0" * 1900 + "1", "10^{10^{10^{10}}}", "10^{-10^{9}}",
              "2^{2^{2^{2^{2^{2}}}}}", "(10^{9})!", "((9!)!)!", r"\binom{10^{9}}{10^{8}}",
              r"\sum_{n=1}^{10^{12}} n^{n}", r"\prod_{n=1}^{10^{9}} n", r"\int_0^1 x^{x^{x}} dx",
@@ -215,8 +215,8 @@ def hostile_answers() -> list[str]:
 
 def test_hostile_answers_cost_no_more_than_their_time() -> None:
     answers = hostile_answers()
-    assert len(set(answers)) == len(answers) >= 70
-    limit = 1.0
+    assert len(set(answers)) == len(answers) >= 60
+    limit = 0.7
     with Grader(limit) as grader:
         grader.verdicts([("1", "2")])
         began = time.monotonic()
@@ -231,14 +231,15 @@ def test_hostile_answers_cost_no_more_than_their_time() -> None:
 
 
 def test_many_bombs_are_each_killed_and_nothing_else_changes() -> None:
-    bombs = [("7", f"{BOMB}+{i}") for i in range(12)]
+    limit = 3.0
+    bombs = [("7", f"{BOMB}+{i}") for i in range(6)]
     ordinary = [(str(i), str(i if i % 2 else i + 1)) for i in range(400)]
     mixed = list(spread(bombs, ordinary))
-    with Grader(0.5) as grader:
+    with Grader(limit) as grader:
         grader.verdicts([("1", "2")])
         began = time.monotonic()
         verdicts = grader.verdicts(mixed)
-        assert time.monotonic() - began < 12 * 2 * (0.5 + 0.5) + 10
+        assert time.monotonic() - began < 2 * 6 * limit + 20
     assert all(verdicts[bomb].correct is None for bomb in bombs)
     assert [verdicts[pair].correct for pair in ordinary] == [i % 2 == 1 for i in range(400)]
 
@@ -250,6 +251,18 @@ def spread(few: list, many: list) -> Iterator:
         if i % step == 0 and i // step < len(few):
             yield few[i // step]
         yield item
+
+
+def test_a_lost_worker_loses_nothing() -> None:
+    """As when the system kills a process for memory: between two calls, all of them."""
+    pairs = [(str(i), str(i)) for i in range(100)] + [("1", "2")]
+    with Grader(20.0) as grader:
+        grader.verdicts(pairs)
+        for worker in grader.workers:
+            worker.process.kill()
+            worker.process.join()
+        verdicts = grader.verdicts(pairs)
+    assert [verdicts[pair].correct for pair in pairs] == [True] * 100 + [False]
 
 
 def eat_memory(gold: str, answer: str | None) -> Verdict:

@@ -649,10 +649,12 @@ def grade_pair(gold: str, answer: str | None) -> Verdict:
         return Verdict(False, answer)
 
 
-def work(pipe: Connection) -> None:
+def work(pipe: Connection, timeout: float) -> None:
     """A grading process: one verdict for each pair it is sent. Out of memory, it ends.
 
-    It may take WORKER_MEMORY more than it has: a bomb ends here, not the machine."""
+    It may take WORKER_MEMORY more than it has: a bomb ends here, not the machine. It also ends by
+    itself where a pair takes much CPU time: the parent, whose task that is, may be gone."""
+    most_seconds = resource.getrlimit(resource.RLIMIT_CPU)[1]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; its end closes the pipe
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # we time it from outside, and know
     statm = Path("/proc/self/statm")
@@ -664,6 +666,8 @@ def work(pipe: Connection) -> None:
     with contextlib.suppress(EOFError, OSError, MemoryError):  # the parent has gone; a bomb
         while True:
             for pair in pipe.recv():
+                seconds = math.ceil(time.process_time() + timeout) + 2
+                resource.setrlimit(resource.RLIMIT_CPU, (seconds, most_seconds))
                 try:
                     verdict = grade_pair(*pair)
                 except MemoryError:
@@ -678,9 +682,9 @@ class Worker:
 
     target = staticmethod(work)
 
-    def __init__(self, context: Any) -> None:
+    def __init__(self, context: Any, timeout: float) -> None:
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=self.target, args=(theirs,), daemon=True)
+        self.process = context.Process(target=self.target, args=(theirs, timeout), daemon=True)
         self.process.start()
         theirs.close()
         self.pairs: deque[tuple[str, str | None]] = deque()
@@ -729,7 +733,7 @@ class Grader:
         total, done = len(waiting), {}
         while len(done) < total:
             while len(self.workers) < min(cores(), total):
-                self.workers.append(Worker(self.context))
+                self.workers.append(Worker(self.context, self.timeout))
             for worker in self.workers:
                 if worker.ready and not worker.pairs and waiting:
                     share = min(CHUNK, -(-len(waiting) // len(self.workers)))
@@ -775,7 +779,7 @@ class Grader:
                             "for it (2 GiB a core), and does math-verify import?")  # fmt: skip
         if crashed and worker.answered and worker.pairs:
             # Out of memory after others, which may have left too little: once more, in a fresh one.
-            self.workers.append(Worker(self.context))
+            self.workers.append(Worker(self.context, self.timeout))
             self.workers[-1].give(worker.pairs)
             return
         if worker.pairs:

@@ -265,6 +265,16 @@ def test_a_lost_worker_loses_nothing() -> None:
     assert [verdicts[pair].correct for pair in pairs] == [True] * 100 + [False]
 
 
+def test_a_bomb_does_not_outlive_its_parent() -> None:
+    """Nobody takes the verdict, nobody kills: as after a kill -9 of evaluate.py."""
+    with Grader(1.0) as grader:
+        grader.verdicts([("1", "2")])
+        worker = grader.workers[0]
+        worker.give([("7", BOMB)])
+        worker.process.join(90)
+        assert worker.process.exitcode not in (None, 0)
+
+
 def eat_memory(gold: str, answer: str | None) -> Verdict:
     """Stands in for math-verify: asks for as much memory as the answer says."""
     return Verdict(len(bytearray(int(answer))) > 0, None)
@@ -280,13 +290,13 @@ def test_a_worker_may_take_2_gib_and_no_more(monkeypatch: pytest.MonkeyPatch) ->
     assert [verdicts[pair].correct for pair in pairs] == [True, True, None, True]
 
 
-def hungry_work(pipe: object) -> None:
+def hungry_work(pipe: object, timeout: float) -> None:
     """`work`, but for what a pair costs."""
     real = evaluate.grade_pair
     evaluate.grade_pair = lambda gold, answer: (
         eat_memory(gold, answer) if gold == "" else real(gold, answer)
     )
-    evaluate.work(pipe)
+    evaluate.work(pipe, timeout)
 
 
 class HungryWorker(evaluate.Worker):

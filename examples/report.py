@@ -413,14 +413,18 @@ def compare(
 
 
 def place_labels(axes: Axes, labels: list[tuple[float, float, str, str]], obstacles: Array) -> None:
-    """Writes each (x, y, text, colour) beside its point where nothing stands; obstacles [n, 2]."""
+    """Writes each (x, y, text, colour) beside its point where nothing stands; obstacles [n, 2].
+
+    Texts that are there already stand too."""
     axes.figure.canvas.draw()  # fixes the transforms that the search below measures with
     renderer = axes.figure.canvas.get_renderer()
     points = np.concatenate([obstacles, np.array([label[:2] for label in labels])])
     pixels = axes.transData.transform(points)
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in pixels]
+    taken += [Text.get_window_extent(text, renderer) for text in axes.texts]
     angles = np.deg2rad([20, -20, 160, 200, 60, -60, 120, 240, 90, 270])
-    tries = [(radius * np.cos(a), radius * np.sin(a)) for radius in (9, 20, 34, 50) for a in angles]
+    radii = (9, 20, 34, 50, 70, 95)
+    tries = [(radius * np.cos(a), radius * np.sin(a)) for radius in radii for a in angles]
     for x, y, text, colour in labels:
         for dx, dy in tries:
             side = "left" if dx > 1 else "right" if dx < -1 else "center"
@@ -445,8 +449,9 @@ def place_labels(axes: Axes, labels: list[tuple[float, float, str, str]], obstac
             )
 
 
-def draw_limits(axes: Axes, base: Evaluation, largest_kl: float) -> None:
-    """The bound d(a || p) and the curve of the optimum, from the base's own pass rates."""
+def draw_limits(axes: Axes, base: Evaluation, largest_kl: float) -> Array:
+    """The bound d(a || p) and the optimum's curve, from the base's own pass rates -> points [n, 2]
+    of both."""
     rates = torch.tensor(base.correct / base.count)
     mean = torch.tensor(base.correct.sum() / base.count.sum())
     accuracy = torch.linspace(float(mean), 1, 400, dtype=torch.float64)
@@ -465,6 +470,7 @@ def draw_limits(axes: Axes, base: Evaluation, largest_kl: float) -> None:
                   (float(kl[middle]), float(optimum[middle])), (0.02, 0.93), fontsize=8.5,
                   textcoords="axes fraction", color="#555555", va="top",
                   arrowprops={"arrowstyle": "-", "color": "#555555", "lw": 0.6})  # fmt: skip
+    return np.concatenate([np.array(ends).T, np.stack([kl.numpy(), optimum.numpy()], 1)])
 
 
 def draw_policy(
@@ -495,8 +501,7 @@ def figure_accuracy_kl(
     largest = max([1.0, *kls])
     axes.set_xscale("symlog", linthresh=0.1, linscale=0.4)
     axes.set(xlim=(-0.02, 1.6 * largest), ylim=(-0.03, 1.06))
-    draw_limits(axes, evaluations["base"], largest)
-    labels, obstacles = [], [np.zeros((1, 2))]
+    labels, obstacles = [], [draw_limits(axes, evaluations["base"], largest)]
     origin = paths["base"][0.0]
     for name, path in paths.items():
         if name == "base":

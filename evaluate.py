@@ -141,7 +141,7 @@ class Args:
 
 def parse_shard(shard: str | None) -> tuple[int, int]:
     """"i/N" -> (i, N); None is (0, 1). Raises UserError."""
-    left, _, right = (shard or "0/1").partition("/")
+    left, _, right = ("0/1" if shard is None else shard).partition("/")
     if not (left.isdecimal() and right.isdecimal() and int(left) < int(right)):
         raise UserError(f"--shard {shard}: must be i/N with 0 <= i < N, such as 0/8 ... 7/8")
     return int(left), int(right)
@@ -338,11 +338,12 @@ def draw_hf(
     model: str, prompts: list[list[int]], units: dict[int, list[tuple[int, int]]], args: Args,
     ranks: Ranks,
 ) -> Iterator[list[dict[str, Any]]]:  # fmt: skip
-    """Yields the responses of one batch after the other; each batch has a random stream of its own,
-    so it is drawn as a whole: its bits must not depend on what was there before."""
+    """Yields [] when ready, then the responses of one batch after the other. A batch has a random
+    stream of its own and is drawn as a whole: its bits do not depend on what was there before."""
     tokenizer, eos = load_tokenizer(model), all_eos(model)
     lm = load_lm(model, ranks.device, sampler_dtype(ranks), attention="sdpa")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
+    yield []
     for i, pairs in units.items():
         seed = stream_seed(args.seed, i)
         drawn = sample_batch(lm, [prompts[p] for p, _ in pairs], eos, pad, args, seed)
@@ -353,7 +354,7 @@ def draw_vllm(
     model: str, prompts: list[list[int]], units: dict[int, list[tuple[int, int]]], args: Args,
     ranks: Ranks,
 ) -> Iterator[list[dict[str, Any]]]:  # fmt: skip
-    """Yields responses as they finish, by vLLM's own step loop.
+    """Yields [] when ready, then responses as they finish, by vLLM's own step loop.
 
     One request a response, each with its own seed: what else is in the batch, or was drawn before,
     does not change it. The prefix cache computes the prompt of a problem once."""
@@ -364,6 +365,7 @@ def draw_vllm(
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
+        yield []
         for problem, number in (pair for pairs in units.values() for pair in pairs):
             params = SamplingParams(
                 temperature=args.temperature, top_p=args.top_p, top_k=0,
@@ -411,36 +413,47 @@ def start_vllm(model: str, longest: int, args: Args, ranks: Ranks) -> Iterator[A
         kv_cache_memory_bytes=CPU_KV_CACHE if ranks.device.type == "cpu" else None,
         disable_log_stats=True,
     )  # fmt: skip
-    before = set(multiprocessing.active_children())
+    with leash():
+        try:
+            # The context decides how many sequences run at once: that of vLLM's offline LLM class.
+            engine = LLMEngine.from_engine_args(config, UsageContext.LLM_CLASS)
+        except (ValueError, RuntimeError) as error:
+            first = next((x.strip() for x in str(error).splitlines() if x.strip()), repr(error))
+            raise UserError(f"model '{model}': vLLM cannot start ({first[:300]}); above stands "
+                            "why. Out of memory: another --gpu-memory-utilization, "
+                            "--tensor-parallel or --max-new-tokens; or use --engine hf"
+                            ) from None  # fmt: skip
+        try:
+            yield engine
+        finally:
+            engine.engine_core.shutdown()
+
+
+WATCH = """
+import os, psutil, select, sys
+parent, children = psutil.Process(os.getppid()), []
+while not select.select([sys.stdin], [], [], 0.5)[0]:  # until the other end of the pipe closes
     try:
-        # The context decides how many sequences run at once: that of vLLM's offline LLM class.
-        engine = LLMEngine.from_engine_args(config, UsageContext.LLM_CLASS)
-    except (ValueError, RuntimeError) as error:
-        first = next((x.strip() for x in str(error).splitlines() if x.strip()), repr(error))
-        raise UserError(f"model '{model}': vLLM cannot start ({first[:300]}); above stands why. "
-                        "Out of memory: another --gpu-memory-utilization, --tensor-parallel or "
-                        "--max-new-tokens; or use --engine hf") from None  # fmt: skip
-    with ExitStack() as stack:
-        stack.callback(engine.engine_core.shutdown)
-        stack.enter_context(leash(set(multiprocessing.active_children()) - before))
-        yield engine
+        children = [p for p in parent.children(recursive=True) if p.pid != os.getpid()]
+    except psutil.NoSuchProcess:
+        break
+for process in children:
+    try:
+        process.kill()
+    except psutil.NoSuchProcess:
+        pass
+"""
 
 
 @contextmanager
-def leash(processes: set[Any]) -> Iterator[None]:
-    """Kills `processes` when this one dies, kill -9 included: an engine left behind holds its GPU,
-    and the continued run would find no memory."""
-    watch = ("import os, signal, sys\nsys.stdin.read()\n"  # ends when our end of the pipe closes
-             "for pid in map(int, sys.argv[1:]):\n"
-             "    try: os.kill(pid, signal.SIGKILL)\n"
-             "    except ProcessLookupError: pass\n")  # fmt: skip
-    pids = [str(process.pid) for process in processes]
-    watcher = subprocess.Popen(
-        [sys.executable, "-S", "-c", watch, *pids], stdin=subprocess.PIPE, start_new_session=True
-    )
+def leash() -> Iterator[None]:
+    """Kills the processes we start when this one dies, by kill -9 too: an engine left behind keeps
+    its GPU, and the continued run would find no memory there."""
+    command = [sys.executable, "-c", WATCH]
+    watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     try:
         yield
-    finally:  # the watcher first: the engine then ends in order, and a pid may be another's later
+    finally:
         watcher.kill()
         watcher.communicate()
 
@@ -544,8 +557,12 @@ def sample(
             units = {i: [pair for pair in pairs if pair not in have] for i, pairs in units.items()}
         bar = stack.enter_context(progress(ranks, len(mine), len(mine & have.keys()), what))
         drawn = stack.enter_context(closing(draw(model, prompts, units, args, ranks)))
-        tokens, start = 0, time.monotonic()
+        tokens, start = 0, 0.0
         for finished in drawn if units else ():
+            if not finished:  # the engine is ready; its start is no part of the rate
+                start = time.monotonic()
+                bar.unpause()
+                continue
             fresh = {(r["problem"], r["sample"]): r for r in finished}
             fresh = {pair: r for pair, r in fresh.items() if pair not in have}
             parts.append(list(fresh.values()))
@@ -700,6 +717,7 @@ def draw_and_grade(
 ) -> Rollouts:  # fmt: skip
     """Samples, grades and writes a rollouts folder; what is there already is not made again."""
     if (folder / "rollouts.safetensors").is_file():
+        shutil.rmtree(folder / "parts", ignore_errors=True)  # a kill may have come just before that
         return load_rollouts(folder)
     tokenizer = load_tokenizer(model)
     responses = sample(model, prompts, args, folder, ranks)

@@ -97,6 +97,11 @@ def stored(output: Path) -> Counter:
     return found
 
 
+def modified(path: Path) -> int:
+    """Time of the last change, in ns; 0 where there is no file."""
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
 def kill_once(args: evaluate.Args, draw: random.Random) -> str | None:
     """Starts the run and kills it at a random moment -> where; None where it ended before."""
     process, output = start(args), args.output
@@ -106,12 +111,12 @@ def kill_once(args: evaluate.Args, draw: random.Random) -> str | None:
         where, reached = f"{goal} responses stored", lambda: n_stored(output) >= goal
     else:
         name = draw.choice(["problems.jsonl", "samples.jsonl", "rollouts.safetensors"])
-        where = f"{name} written"
-        reached = (output / name).exists
+        where, age = f"{name} written", modified(output / name)
+        reached = lambda: modified(output / name) != age  # noqa: E731
     while process.is_alive() and not reached():
         time.sleep(0.0005)
     time.sleep(draw.uniform(0, 0.02))
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.join()
     return where if process.exitcode == -signal.SIGKILL else None
 

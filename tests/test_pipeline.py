@@ -213,8 +213,9 @@ def assert_nothing_half_written(folder: Path) -> None:
                 assert all(file.get_tensor(name) is not None for name in file.keys())  # noqa: SIM118
         elif path.suffix == ".json":
             json.loads(path.read_text())
-        elif path.suffix == ".jsonl" and path.name != "metrics.jsonl" and path.parent.name != "parts":
-            # (Those grow by lines: the last may be torn.)
+        elif path.name == "metrics.jsonl" or path.parent.name == "parts":
+            continue  # these grow by lines: the last may be torn
+        elif path.suffix == ".jsonl":
             assert all(json.loads(line) for line in path.read_text().splitlines())
         elif path.name.startswith("resume-"):
             assert (path / "state.json").is_file() and (path / ".metadata").is_file()

@@ -48,6 +48,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -361,19 +362,11 @@ def draw_vllm(
     eos = all_eos(model)
     longest = max(map(len, prompts)) + args.max_new_tokens
     with start_vllm(model, longest, args, ranks) as engine:
-        from vllm import SamplingParams
         from vllm.inputs import tokens_input
-        from vllm.sampling_params import RequestOutputKind
 
         yield []
         for problem, number in (pair for pairs in units.values() for pair in pairs):
-            params = SamplingParams(
-                temperature=args.temperature, top_p=args.top_p, top_k=0,
-                max_tokens=args.max_new_tokens, stop_token_ids=eos,
-                seed=stream_seed(args.seed, problem, number),
-                logprobs=0, flat_logprobs=True,  # of the sampled token alone
-                detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
-            )  # fmt: skip
+            params = sampling_params(problem, number, eos, args)
             engine.add_request(f"{problem}/{number}", tokens_input(prompts[problem]), params)
         while engine.has_unfinished_requests():
             finished = []
@@ -388,21 +381,25 @@ def draw_vllm(
                 yield finished
 
 
+def sampling_params(problem: int, number: int, eos: list[int], args: Args) -> Any:
+    """vLLM's parameters of one response."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=args.temperature, top_p=args.top_p, top_k=0, max_tokens=args.max_new_tokens,
+        stop_token_ids=eos, seed=stream_seed(args.seed, problem, number),
+        logprobs=0, flat_logprobs=True,  # of the sampled token alone
+        detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+    )  # fmt: skip
+
+
 CPU_KV_CACHE = 2**31  # bytes; vLLM would take nine tenths of a CPU machine's memory
 
 
-@contextmanager
-def start_vllm(model: str, longest: int, args: Args, ranks: Ranks) -> Iterator[Any]:
-    """vLLM's engine for sequences of at most `longest` tokens; gives its memory back at the end.
-
-    Raises UserError where vLLM refuses the model or cannot start."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # else it reports to its makers
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.usage.usage_lib import UsageContext
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    config = EngineArgs(
+def vllm_options(model: str, longest: int, args: Args, ranks: Ranks) -> dict[str, Any]:
+    """vLLM's engine arguments for sequences of at most `longest` tokens."""
+    return dict(
         model=str(model_folder(model)), dtype=str(sampler_dtype(ranks)).removeprefix("torch."),
         skip_tokenizer_init=True,  # token ids in, token ids out
         generation_config="vllm",  # not the model's own: Qwen3's top-k 20 would cut the samples
@@ -413,6 +410,18 @@ def start_vllm(model: str, longest: int, args: Args, ranks: Ranks) -> Iterator[A
         kv_cache_memory_bytes=CPU_KV_CACHE if ranks.device.type == "cpu" else None,
         disable_log_stats=True,
     )  # fmt: skip
+
+
+@contextmanager
+def start_vllm(model: str, longest: int, args: Args, ranks: Ranks) -> Iterator[Any]:
+    """vLLM's engine; gives its memory back at the end. Raises UserError where it cannot start."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # else it reports to its makers
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    config = EngineArgs(**vllm_options(model, longest, args, ranks))
     with leash():
         try:
             # The context decides how many sequences run at once: that of vLLM's offline LLM class.
@@ -542,8 +551,9 @@ class Parts:
 
 
 def sample(
-    model: str, prompts: list[list[int]], args: Args, folder: Path, ranks: Ranks
-) -> list[dict[str, Any]]:
+    model: str, prompts: list[list[int]], args: Args, folder: Path, ranks: Ranks,
+    running: RunningAccuracy | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """n responses to every prompt (with --shard, its part); the finished stay in folder/parts.
 
     Returns {"problem", "sample", "tokens", "logprobs", "truncated"} each, by problem and sample."""
@@ -558,6 +568,8 @@ def sample(
         bar = stack.enter_context(progress(ranks, len(mine), len(mine & have.keys()), what))
         drawn = stack.enter_context(closing(draw(model, prompts, units, args, ranks)))
         tokens, start = 0, 0.0
+        if running and units:
+            running.add(list(have.values()))
         for finished in drawn if units else ():
             if not finished:  # the engine is ready; its start is no part of the rate
                 start = time.monotonic()
@@ -569,7 +581,8 @@ def sample(
             have |= fresh
             tokens += sum(len(r["tokens"]) for r in finished)
             rate = tokens / (time.monotonic() - start)
-            bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+            accuracy = running.add(list(fresh.values())) if running else ""
+            bar.set_postfix_str(f"{rate:,.0f} tokens/s{accuracy}", refresh=False)
             bar.update(len(fresh))
     return [have[key] for key in sorted(have)]
 
@@ -691,6 +704,50 @@ class Grader:
                             f"drop the problem '{row['id']}'")  # fmt: skip
 
 
+class RunningAccuracy:
+    """Accuracy so far for the progress bar, graded in the pool while the sampling goes on.
+
+    From the last tokens of a response only, and without waiting: a guide, not a result."""
+
+    TAIL = 256  # tokens; decoding all of a long response would hold up the sampling
+
+    def __init__(self, model: str, problems: list[dict[str, str]], grader: Grader) -> None:
+        self.tokenizer, self.grader = load_tokenizer(model), grader
+        self.golds = [row["answer"] for row in problems]
+        self.known: dict[tuple[str, str], bool] = {}  # verdicts of distinct (gold, answer)
+        self.pending: dict[tuple[str, str], Any] = {}  # their futures
+        self.waiting: Counter[tuple[str, str]] = Counter()  # responses that wait for a verdict
+        self.right = self.graded = 0
+
+    def add(self, responses: list[dict[str, Any]]) -> str:
+        """Takes finished responses; returns ", accuracy 0.50" over those graded by now."""
+        for response in responses:
+            tail = self.tokenizer.decode(response["tokens"][-self.TAIL :], skip_special_tokens=True)
+            answer = None if response["truncated"] else boxed_answer(tail)
+            pair = (self.golds[response["problem"]], answer)
+            if answer is None or pair in self.known:
+                self.graded += 1
+                self.right += self.known.get(pair, False)
+                continue
+            self.waiting[pair] += 1
+            if pair not in self.pending:
+                limit = self.grader.timeout
+                self.pending[pair] = self.grader.pool.schedule(_grade, args=pair, timeout=limit)
+        for pair in [pair for pair, future in self.pending.items() if future.done()]:
+            future = self.pending.pop(pair)
+            self.known[pair] = future.exception() is None and future.result()
+            self.graded += self.waiting[pair]
+            self.right += self.waiting.pop(pair) * self.known[pair]
+        return f", accuracy {self.right / self.graded:.2f}" if self.graded else ""
+
+    def __enter__(self) -> RunningAccuracy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for future in self.pending.values():  # what is not graded yet would hold up the real one
+            future.cancel()
+
+
 # --------------------------------------------------------------------------------------------------
 # Steps of main
 
@@ -720,7 +777,8 @@ def draw_and_grade(
         shutil.rmtree(folder / "parts", ignore_errors=True)  # a kill may have come just before that
         return load_rollouts(folder)
     tokenizer = load_tokenizer(model)
-    responses = sample(model, prompts, args, folder, ranks)
+    with RunningAccuracy(model, problems, grader) as running:
+        responses = sample(model, prompts, args, folder, ranks, running)
     texts = [tokenizer.decode(r["tokens"], skip_special_tokens=True) for r in responses]
     drawn = zip(responses, texts, strict=True)
     answers = [None if r["truncated"] else boxed_answer(text) for r, text in drawn]
@@ -889,7 +947,8 @@ def main(args: Args) -> None:
             )
             for folder, model in folders.items():
                 if not (folder / "rollouts.safetensors").is_file():
-                    sample(model, prompts, args, folder, ranks)
+                    with RunningAccuracy(model, problems, grader) as running:
+                        sample(model, prompts, args, folder, ranks, running)
             return ranks.print(f"shard {args.shard} is sampled; when all are, the same command "
                                "without --shard merges them")  # fmt: skip
         rollouts = draw_and_grade(args.model, problems, prompts, args, args.output, grader, ranks)

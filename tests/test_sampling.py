@@ -111,6 +111,27 @@ def test_seeds_of_neighbours_do_not_collide():
     assert evaluate.stream_seed(1, 23) != evaluate.stream_seed(12, 3)
 
 
+def test_accuracy_so_far_agrees_with_the_final_one(tokenizer, model_folders):
+    """Right, wrong, unboxed, truncated, and an answer that stands before the last tokens."""
+    texts = [r"\boxed{2}", r"\boxed{3}", "2", r"\boxed{02}", "1" * 300 + r"\boxed{2}"]
+    drawn = []
+    for number, text in enumerate(texts):
+        tokens = tokenizer.convert_tokens_to_ids([*text, "<eos>"])
+        drawn.append(evaluate.make_response(0, number, tokens, [0.0] * len(tokens), False))
+    drawn.append(drawn[0] | {"truncated": True})
+    problems = [{"id": "a", "problem": "1+1", "answer": "2"}]
+    with (
+        evaluate.Grader(20.0) as grader,
+        evaluate.RunningAccuracy(model_folders[0], problems, grader) as running,
+    ):
+        shown = running.add(drawn)
+        while running.pending:
+            shown = running.add([])
+        assert shown == ", accuracy 0.50"
+        assert running.add(drawn[:6]) == ", accuracy 0.50"  # from memory: nothing to wait for
+        assert running.graded == 12
+
+
 def command(output: Path, **changed: object) -> evaluate.Args:
     folder = tiny.setting()
     given = dict(n=4, max_new_tokens=16, batch_size=3, engine="hf") | changed

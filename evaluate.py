@@ -43,12 +43,13 @@ import logging
 import math
 import multiprocessing
 import os
+import queue
 import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -705,47 +706,47 @@ class Grader:
 
 
 class RunningAccuracy:
-    """Accuracy so far for the progress bar, graded in the pool while the sampling goes on.
+    """Accuracy so far for the progress bar: a thread has responses graded while others are sampled.
 
-    From the last tokens of a response only, and without waiting: a guide, not a result."""
+    It looks at the last tokens of a response only and nobody waits for it: a guide, no result."""
 
     TAIL = 256  # tokens; decoding all of a long response would hold up the sampling
 
     def __init__(self, model: str, problems: list[dict[str, str]], grader: Grader) -> None:
         self.tokenizer, self.grader = load_tokenizer(model), grader
         self.golds = [row["answer"] for row in problems]
-        self.known: dict[tuple[str, str], bool] = {}  # verdicts of distinct (gold, answer)
-        self.pending: dict[tuple[str, str], Any] = {}  # their futures
-        self.waiting: Counter[tuple[str, str]] = Counter()  # responses that wait for a verdict
+        self.known: dict[tuple[str, str | None], bool] = {}  # verdicts of distinct (gold, answer)
+        self.queue: queue.SimpleQueue = queue.SimpleQueue()  # (gold, answer) pairs; None: the end
         self.right = self.graded = 0
+        self.ending = False
+
+    def __enter__(self) -> RunningAccuracy:
+        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """The grader is free again after this: at most one time limit from now."""
+        self.ending = True
+        self.queue.put(None)
+        self.thread.join()
 
     def add(self, responses: list[dict[str, Any]]) -> str:
         """Takes finished responses; returns ", accuracy 0.50" over those graded by now."""
         for response in responses:
             tail = self.tokenizer.decode(response["tokens"][-self.TAIL :], skip_special_tokens=True)
             answer = None if response["truncated"] else boxed_answer(tail)
-            pair = (self.golds[response["problem"]], answer)
-            if answer is None or pair in self.known:
-                self.graded += 1
-                self.right += self.known.get(pair, False)
-                continue
-            self.waiting[pair] += 1
-            if pair not in self.pending:
-                limit = self.grader.timeout
-                self.pending[pair] = self.grader.pool.schedule(_grade, args=pair, timeout=limit)
-        for pair in [pair for pair, future in self.pending.items() if future.done()]:
-            future = self.pending.pop(pair)
-            self.known[pair] = future.exception() is None and future.result()
-            self.graded += self.waiting[pair]
-            self.right += self.waiting.pop(pair) * self.known[pair]
+            # A response without an answer needs no verdict; it waits its turn all the same.
+            self.queue.put((self.golds[response["problem"]], answer))
         return f", accuracy {self.right / self.graded:.2f}" if self.graded else ""
 
-    def __enter__(self) -> RunningAccuracy:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for future in self.pending.values():  # what is not graded yet would hold up the real one
-            future.cancel()
+    def work(self) -> None:
+        """Grades one pair after the other, each distinct one once."""
+        while (pair := self.queue.get()) is not None and not self.ending:
+            if pair not in self.known:
+                self.known[pair] = pair[1] is not None and bool(self.grader.verdicts([pair])[pair])
+            self.right += self.known[pair]
+            self.graded += 1
 
 
 # --------------------------------------------------------------------------------------------------

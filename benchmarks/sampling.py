@@ -50,13 +50,13 @@ class Args:
 
 
 def make_setting(folder: Path) -> None:
-    """A random model whose responses mostly reach the token limit, and problems."""
+    """A random model over 1,024 tokens, one of which is EOS: long responses; and problems."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     tokenizer = make_base.make_tokenizer()
     torch.manual_seed(0)
     Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=4,
+        vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=4096,
         tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
@@ -88,30 +88,32 @@ def main(args: Args) -> None:
             problems=args.problems or folder / "problems.jsonl", engine="vllm", n=args.n,
             max_new_tokens=args.max_new_tokens,
         )  # fmt: skip
-        ranks, eos = common.setup_ranks(), evaluate.all_eos(run.model)
-        problems = evaluate.load_problems(run.problems, run.problem_column, run.answer_column)
-        prompts = evaluate.encode_prompts(common.load_tokenizer(run.model), problems)
-        longest = max(map(len, prompts)) + run.max_new_tokens
-        llm = LLM(**evaluate.vllm_options(run.model, longest, run, ranks))
+        engines, prompts, sampling_seconds = [], [], []
 
         @contextmanager
-        def started(*_: Any) -> Iterator[Any]:
-            yield llm.llm_engine
+        def started(*given: Any) -> Iterator[Any]:
+            """In the place of evaluate.start_vllm: the one engine, made at the first call."""
+            if not engines:
+                engines.append(LLM(**evaluate.vllm_options(*given)))
+            yield engines[0].llm_engine
 
-        own_sample, sampling_seconds = evaluate.sample, []
+        own_sample = evaluate.sample
 
         def timed_sample(*given: Any) -> list[dict[str, Any]]:
+            """In the place of evaluate.sample: it, with a stopwatch."""
+            prompts[:] = given[1]
             begin = time.perf_counter()
             responses = own_sample(*given)
             sampling_seconds.append(time.perf_counter() - begin)
             return responses
 
-        evaluate.start_vllm, evaluate.sample = started, timed_sample  # one engine, one stopwatch
+        evaluate.start_vllm, evaluate.sample = started, timed_sample
 
         def bare(_: int) -> tuple[int, float]:
+            eos = evaluate.all_eos(run.model)
             begin = time.perf_counter()
             pairs = [pair for pairs in evaluate.plan(prompts, run).values() for pair in pairs]
-            outputs = llm.generate(
+            outputs = engines[0].generate(
                 [TokensPrompt(prompt_token_ids=prompts[p]) for p, _ in pairs],
                 [evaluate.sampling_params(p, j, eos, run) for p, j in pairs], use_tqdm=False,
             )  # fmt: skip

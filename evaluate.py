@@ -428,11 +428,10 @@ def start_vllm(model: str, longest: int, args: Args, ranks: Ranks) -> Iterator[A
             # The context decides how many sequences run at once: that of vLLM's offline LLM class.
             engine = LLMEngine.from_engine_args(config, UsageContext.LLM_CLASS)
         except (ValueError, RuntimeError) as error:
-            first = next((x.strip() for x in str(error).splitlines() if x.strip()), repr(error))
-            raise UserError(f"model '{model}': vLLM cannot start ({first[:300]}); above stands "
-                            "why. Out of memory: another --gpu-memory-utilization, "
-                            "--tensor-parallel or --max-new-tokens; or use --engine hf"
-                            ) from None  # fmt: skip
+            why = " ".join(str(error).split())[:400]  # of several lines; the first says little
+            raise UserError(f"model '{model}': vLLM cannot start ({why}). Too long: lower "
+                            "--max-new-tokens. Out of memory: another --gpu-memory-utilization or "
+                            "--tensor-parallel. Or use --engine hf") from None  # fmt: skip
         try:
             yield engine
         finally:
@@ -922,7 +921,7 @@ def print_table(args: Args, metrics: dict[str, Any], n_problems: int, ranks: Ran
 def main(args: Args) -> None:
     args.check()
     args = dataclasses.replace(args, engine=choose_engine(args))
-    args.check()
+    args.check()  # again: what auto became may not go with the rest
     ranks = setup_ranks()
     if ranks.world_size > 1:
         raise UserError("evaluate.py is one process; start it with python, not torchrun")

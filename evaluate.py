@@ -510,6 +510,7 @@ class Parts:
         return self
 
     def __exit__(self, *_: object) -> None:
+        os.fsync(self.file.fileno())
         self.stack.close()
 
     def lock(self, file: Any, kind: int) -> None:

@@ -164,17 +164,23 @@ def test_first_tokens_follow_the_exact_probabilities(folder, sampled):
 
 
 def test_neighbours_share_no_random_stream(sampled):
-    """Distinct long responses occur once each, and samples of two problems are not paired."""
+    """Long responses are all distinct; neighbouring pairs of samples agree no more than others."""
     drawn = [tuple(tokens) for tokens, _ in responses(sampled)]
     long = [tokens for tokens in drawn if len(tokens) > 12]
     assert len(long) > 50
     assert Counter(long).most_common(1)[0][1] == 1
-    # With seed = base + problem + sample, sample j + 1 of a problem would repeat sample j of the
-    # next one wherever their distributions agree.
-    for shift in (0, 1, N, -1):
-        a, b = drawn[: 5 * N], drawn[N + shift :][: 5 * N]
-        same = np.mean([x[0] == y[0] for x, y in zip(a, b, strict=False)])
-        assert same < 0.5, shift
+    # With seed = base + problem + sample, sample j + 1 of a problem would use the random numbers of
+    # sample j of the next one, and choose the same first token more often than strangers do.
+    first = np.array([tokens[0] for tokens in drawn])
+    size = 5 * N - 60
+
+    def agreement(shift: int) -> float:
+        return np.mean(first[1 : 1 + size] == first[1 + N + shift :][:size])
+
+    strangers = np.mean([agreement(shift) for shift in range(10, 50)])
+    for shift in (-1, 0, 1):
+        spread = math.sqrt(strangers * (1 - strangers) / size)
+        assert abs(agreement(shift) - strangers) < 5 * spread, shift
 
 
 def test_every_eos_ends_a_response_and_belongs_to_it(folder, sampled):

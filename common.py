@@ -703,6 +703,10 @@ def start_run(
     record = {"args": dataclasses.asdict(args), "inputs": inputs}
     record = json.loads(json.dumps(record, default=str))
     path = output / "args.json"
+    # Listed before args.json is looked for: another shard of the same run may be writing it now.
+    foreign = output.exists() and not (
+        output.is_dir() and all(file.name.startswith(".") for file in output.iterdir())
+    )
     if path.is_file():
         old = read_json(path)
         if not isinstance(old, dict) or not record.keys() <= old.keys():
@@ -718,9 +722,7 @@ def start_run(
         if (output / last_file).is_file():
             ranks.print(f"{output} is complete; nothing to do")
             return False
-    elif output.exists() and not (
-        output.is_dir() and all(file.name.startswith(".") for file in output.iterdir())
-    ):
+    elif foreign:
         raise UserError(f"--output {output}: exists and is not a run folder; choose another")
     ranks.barrier()
     if ranks.rank == 0:

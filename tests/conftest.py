@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import torch
 import common
 
 torch.set_num_threads(1)
+
+# tests/vllm.sh runs it, in an environment that has vLLM.
+collect_ignore = [] if importlib.util.find_spec("vllm") else ["test_vllm.py"]
 
 
 def make_tiny(seed: int, spread: float = 0.3) -> Any:

@@ -1,6 +1,7 @@
 # Sourced by tests/run.sh and examples/arithmetic/run.sh from the repository root. Makes the virtual
-# environment .venv (or the folder that ERPD_VENV names), installs requirements.txt where it changed
-# since the last time, and sets PYTHON to the environment's interpreter. Bash 3.2 will do.
+# environment .venv (or the folder that ERPD_VENV names), installs requirements.txt (or the file that
+# erpd_requirements names: tests/vllm.sh) where it changed since the last time, and sets PYTHON to
+# the environment's interpreter. Bash 3.2 will do.
 
 erpd_fail() {
   echo "error: $1" >&2
@@ -8,6 +9,7 @@ erpd_fail() {
 }
 
 erpd_venv=${ERPD_VENV:-.venv}
+erpd_requirements=${erpd_requirements:-requirements.txt}
 case $erpd_venv in /*) ;; *) erpd_venv=$PWD/$erpd_venv ;; esac
 PYTHON=$erpd_venv/bin/python
 erpd_stamp=$erpd_venv/requirements-installed.txt # a copy of the requirements that are in it
@@ -27,10 +29,10 @@ if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
   "$erpd_python" -m venv "$erpd_venv" || erpd_fail "$erpd_venv: cannot make it; check path and free space"
 fi
 
-if ! cmp -s requirements.txt "$erpd_stamp"; then
-  echo "setup: installing requirements.txt into $erpd_venv (torch is large: minutes the first time)"
-  "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt ||
-    erpd_fail "pip could not install requirements.txt: above stands which package; check network and free space"
-  cp requirements.txt "$erpd_stamp"
+if ! cmp -s "$erpd_requirements" "$erpd_stamp"; then
+  echo "setup: installing $erpd_requirements into $erpd_venv (torch is large: minutes the first time)"
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$erpd_requirements" ||
+    erpd_fail "pip could not install $erpd_requirements: above stands which package; check network and free space"
+  cp "$erpd_requirements" "$erpd_stamp"
 fi
 echo "setup: $("$PYTHON" --version) in $erpd_venv"

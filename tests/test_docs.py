@@ -123,7 +123,8 @@ def test_flags_exist(page: Path) -> None:
 
 
 def test_pages_name_only_our_flags() -> None:
-    known = set().union(*(script_flags(ROOT / f"{stage}.py") for stage in STAGES))
+    scripts = [*(ROOT / f"{stage}.py" for stage in STAGES), *ROOT.glob("examples/**/*.py")]
+    known = set().union(*(script_flags(script) or set() for script in scripts))
     torchrun = {"--nproc-per-node", "--signals-to-handle"}
     for page in PAGES:
         named = set(re.findall(r"(?<!\S)`?(--[a-z][a-z-]*)", page.read_text()))

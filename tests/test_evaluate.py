@@ -201,7 +201,17 @@ def test_mean_over_problems_with_unequal_counts_is_the_ratio():
 
 
 def test_one_problem_has_no_error_bar_but_no_crash():
-    assert evaluate.mean_over_problems(torch.tensor([3.0]), torch.tensor([4.0])) == (0.75, 0.0)
+    assert evaluate.mean_over_problems(torch.tensor([3.0]), torch.tensor([4.0])) == (0.75, None)
+
+
+def test_problems_without_a_count_have_no_part_in_the_error():
+    """Two of thirty measured: the error is that of two."""
+    total, count = torch.zeros(30), torch.zeros(30)
+    total[3], total[17], count[3], count[17] = 1.0, 2.0, 1, 1
+    assert evaluate.mean_over_problems(total, count) == (1.5, pytest.approx(0.5))
+    pair = (total, count)
+    difference, low, high = evaluate.paired_difference(pair, pair)
+    assert (difference, low, high) == (0, 0, 0)  # though most draws hold neither
 
 
 # --------------------------------------------------------------------------------------------------

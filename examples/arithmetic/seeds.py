@@ -128,6 +128,8 @@ def main(args: Args) -> None:
     )
     tables = (policies_table, signals_table, paths_table, ends_table)
     lines = [title, *(line for table in tables for line in ("", *table(summaries)))]
+    names = " ".join(run.name for run in args.runs)
+    lines += ["", f"Made by `python examples/arithmetic/seeds.py --runs {names}`."]
     text = "\n".join(lines) + "\n"
     if args.output:
         with common.atomic(args.output) as temporary:

@@ -47,6 +47,9 @@ class UserError(Exception):
     """Bad input. `run` prints it without a traceback and ends with exit code 2."""
 
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, file-size limit
+
+
 def run(main: Callable[[Any], None], args_type: type, doc: str | None) -> None:
     """Parses the command line and calls `main`; bad input ends with exit code 2."""
     try:
@@ -54,10 +57,12 @@ def run(main: Callable[[Any], None], args_type: type, doc: str | None) -> None:
     except UserError as error:
         sys.exit(_fail(str(error)))
     except OSError as error:  # a full disk, an unwritable folder, a vanished file
-        if error.filename is None and error.errno != errno.ENOSPC:
+        if error.filename is None and error.errno not in NO_SPACE:
             raise
         where, why = error.filename or "disk", error.strerror
         sys.exit(_fail(f"{where}: {why}; check the path, its permissions and the free space"))
+    except SafetensorError as error:  # in writing: what cannot be read is a UserError
+        sys.exit(_fail(f"{error}; check the free space, and run the same command again"))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

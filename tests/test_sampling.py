@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -140,12 +141,14 @@ def command(output: Path, **changed: object) -> evaluate.Args:
     )
 
 
-def start(args: evaluate.Args) -> subprocess.Popen:
+def start(args: evaluate.Args, file_limit: int = 2**40) -> subprocess.Popen:
+    """evaluate.py in a process of its own, whose files may have `file_limit` bytes."""
     flags = [f"--{f.name.replace('_', '-')}={getattr(args, f.name)}"
              for f in dataclasses.fields(args) if getattr(args, f.name) != f.default]  # fmt: skip
     return subprocess.Popen(
         [sys.executable, ROOT / "evaluate.py", *flags], env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, 2**40)),
     )  # fmt: skip
 
 
@@ -171,6 +174,19 @@ def test_shards_started_at_once_and_merged_equal_one_process(tmp_path):
     same_files(whole, parts)
     evaluate.main(command(parts, shard="2/4"))  # a late one: nothing to do, nothing changed
     same_files(whole, parts)
+
+
+@pytest.mark.parametrize("room", [1_500, 4_000])  # while responses are stored; rollouts.safetensors
+def test_a_full_disk_is_named_and_costs_nothing(tmp_path, room):
+    whole, full = tmp_path / "whole", tmp_path / "full"
+    evaluate.main(command(whole))
+    stopped = start(command(full), file_limit=room)
+    printed = stopped.communicate()[0]
+    assert stopped.returncode == 2, printed
+    assert "error: " in printed and "free space" in printed and "Traceback" not in printed
+    assert not (full / "metrics.json").exists()
+    evaluate.main(command(full))
+    same_files(whole, full)
 
 
 def test_a_shard_of_another_run_is_refused(tmp_path):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole method on the embedded default: two cores, no GPU, about ten minutes after installation.
+# The whole method on the embedded default: two cores, no GPU, a quarter of an hour after installation.
 #
 #   bash examples/arithmetic/run.sh              # runs/arithmetic/seed0: summary.json, report.html
 #   SEED=1 bash examples/arithmetic/run.sh       # fresh problems, another base: runs/arithmetic/seed1

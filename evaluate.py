@@ -790,6 +790,7 @@ class Parts:
                             "end it") from None  # fmt: skip
 
     def files(self) -> list[Path]:
+        """Those of all shards, however the run was cut."""
         return sorted(self.folder.glob("responses-*.jsonl"))
 
     def append(self, responses: list[dict[str, Any]]) -> None:
@@ -1001,6 +1002,7 @@ class Worker:
             self.pipe.send(list(self.pairs))
 
     def kill(self) -> None:
+        """Ends the process at once, whatever it is at."""
         self.process.kill()
         self.process.join()
         self.pipe.close()

@@ -379,6 +379,7 @@ CASES = [
         --kl-samples -1: 0 or more
         --limit -1: 0 or more
         --grading-timeout 0: above 0
+        --grading-timeout inf: at most 86400
     """),
     *flag_cases("stage 1", STAGE1, """
         --epochs 0: 1 or more

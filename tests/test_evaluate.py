@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -202,6 +204,35 @@ def test_mean_over_problems_with_unequal_counts_is_the_ratio():
 
 def test_one_problem_has_no_error_bar_but_no_crash():
     assert evaluate.mean_over_problems(torch.tensor([3.0]), torch.tensor([4.0])) == (0.75, None)
+
+
+def test_a_long_integer_is_a_field_like_any_other():
+    """math.isfinite would have to make a float of it first."""
+    assert evaluate.field({"answer": 10**400}, "answer") == "1" + 400 * "0"
+    for value in (True, float("nan"), float("inf"), None, []):
+        with pytest.raises(ValueError, match="missing or empty"):
+            evaluate.field({"answer": value}, "answer")
+
+
+def test_a_tokenizer_that_hides_the_end_of_a_thought_is_refused(tokenizer):
+    hiding = copy.deepcopy(tokenizer)
+    hiding.add_special_tokens({"additional_special_tokens": ["</think>"]})
+    args = evaluate.Args(model="m", problems=Path("p"), output=Path("o"))
+    problems = [{"id": "1", "problem": "1+1=?", "answer": "2"}]
+    assert evaluate.encode_prompts(tokenizer, problems, args)
+    with pytest.raises(common.UserError, match="</think>"):
+        evaluate.encode_prompts(hiding, problems, args)
+
+
+def test_a_grading_process_that_never_started_judges_nothing():
+    """Pairs given before it was ready go back to be tried; None would call them wrong."""
+    grader = evaluate.Grader(5.0)
+    worker = evaluate.Worker(grader.context, 5.0)
+    worker.give([("2", "2")])
+    grader.workers.append(worker)
+    waiting, done = deque(), {}
+    grader.replace(worker, True, waiting, done)
+    assert done == {} and list(waiting) == [("2", "2")]
 
 
 def test_problems_without_a_count_have_no_part_in_the_error():

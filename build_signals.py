@@ -61,6 +61,8 @@ class Args:
     """policy that drew the rollouts; default: the base (round one, and offline)"""
     micro_batch_tokens: int = 16384
     """token budget of a packed row"""
+    shard: bool = False
+    """split each policy over the ranks, for one that a GPU cannot hold; slower"""
     force: bool = False
     """score rollouts that were sampled with top-p below 1"""
 
@@ -154,7 +156,7 @@ def score_policies(
     for model, fingerprint_ in prints.items():
         part = parts / f"{fingerprint_}-{fingerprint(rollouts.path)}.safetensors"
         if not part.is_file():
-            policy = load_policy(model, ranks, train=False)
+            policy = load_policy(model, ranks, train=False, shard=args.shard)
             what, budget = f"score {Path(model).name}", args.micro_batch_tokens
             values = score(policy, rollouts, temperature, budget, ranks, what)
             if not values.isfinite().all():

@@ -10,21 +10,26 @@ S responses, T tokens of one packed row, R response tokens of that row, D hidden
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import functools
 import hashlib
+import heapq
+import importlib.util
+import inspect
 import json
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -40,6 +45,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 FORMAT_VERSION = 1
 HEAD_CHUNK_ELEMENTS = 2**27  # logits held at once by the chunked head: 512 MiB in float32
+SCORE_BLOCK = 2048  # sequences packed at once for scoring: packing time grows with the square
 LOG_RATIO_CLAMP = 20.0  # inside exp only: exp(20) is finite in float32; beyond it no gradient
 
 
@@ -50,12 +56,32 @@ class UserError(Exception):
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, file-size limit
 
 
+# What helps when memory runs out, where a script has the flag
+MEMORY_FLAGS = {
+    "micro_batch_tokens": "halve it: the objective does not change",
+    "activation_checkpointing": "on: each block keeps its input only",
+    "defer_gradient_sync": "off: gradients stay sharded between micro-batches",
+    "shard": "on: the policies are split over the ranks",
+}  # fmt: skip
+
+
 def run(main: Callable[[Any], None], args_type: type, doc: str | None) -> None:
     """Parses the command line and calls `main`; bad input ends with exit code 2."""
+    args = None
     try:
-        main(tyro.cli(args_type, description=doc))
+        args = tyro.cli(args_type, description=doc)
+        main(args)
     except UserError as error:
         sys.exit(_fail(str(error)))
+    except (MemoryError, RuntimeError) as error:  # CUDA's is a RuntimeError of a kind of its own
+        gpu = isinstance(error, torch.OutOfMemoryError)
+        if not (gpu or isinstance(error, MemoryError) or "t allocate memory" in str(error)):
+            raise
+        flags = {name: why for name, why in MEMORY_FLAGS.items() if hasattr(args, name)}
+        hints = "; ".join(f"--{name.replace('_', '-')} (now {getattr(args, name)}): {why}"
+                          for name, why in flags.items())  # fmt: skip
+        sys.exit(_fail(f"out of {'GPU' if gpu else 'host'} memory. What helps: {hints}; more "
+                       "ranks. The same command goes on from the last checkpoint"))  # fmt: skip
     except OSError as error:  # a full disk, an unwritable folder, a vanished file
         if error.filename is None and error.errno not in NO_SPACE:
             raise
@@ -136,7 +162,7 @@ def progress(ranks: Ranks, total: int, initial: int, what: str) -> tqdm:
 # Files: written under a temporary name, then renamed
 
 
-@contextmanager
+@contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yields a temporary name; what was written there becomes `path` at once, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,8 +172,18 @@ def atomic(path: Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -345,13 +381,14 @@ def check_sampling(rollouts: Rollouts, force: bool) -> float:
 # Packing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # eq off: a row is hashed by identity
 class Row:
     """One packed row: whole sequences end to end, no padding."""
 
     tokens: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64, from 0 in each sequence
     lengths: list[int]  # of the sequences; on the host, so that attention splits without a sync
+    cu_seqlens: Tensor  # [len(lengths)+1] int32: where each sequence starts, and the end
     response_index: Tensor  # [R] int64: where the response tokens stand in the row
     response_mask: Tensor  # [T] bool
     sequence_ids: Tensor  # [T] int64: which sequence of the row, 0 ... len(lengths)-1
@@ -365,23 +402,45 @@ def epoch_batches(n: int, batch_size: int, seed: int, epoch: int) -> tuple[Tenso
     return torch.randperm(n, generator=generator).split(batch_size)
 
 
-def pack(lengths: list[int], budget: int, world_size: int) -> list[list[list[int]]]:
+def pack(
+    lengths: list[int], budget: int, world_size: int, quadratic: float = 0.0
+) -> list[list[list[int]]]:
     """Distributes sequences over rows of at most `budget` tokens (a longer one gets its own row).
 
-    Returns [rank][micro-batch] -> indices into `lengths`. All ranks get the same number of rows, so
-    that collectives stay in step. Longest first, each into the emptiest row: that balances them."""
-    needed = max(1, -(-sum(lengths) // budget))
-    while True:
-        n_rows = -(-needed // world_size) * world_size
-        rows: list[list[int]] = [[] for _ in range(n_rows)]
-        filled = [0] * n_rows
-        for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            row = filled.index(min(filled))
-            rows[row].append(index)
-            filled[row] += lengths[index]
-        if all(size <= budget or len(r) == 1 for r, size in zip(rows, filled, strict=True)):
-            return [rows[rank::world_size] for rank in range(world_size)]
-        needed = n_rows + 1
+    The budget bounds memory; time is n + quadratic n^2 for a sequence of n tokens, the second term
+    being attention's (Policy.attention_cost). Costliest first, each into the cheapest row that has
+    room; then rows alike in cost go to the ranks as one step, for a step lasts as long as its
+    slowest rank. Returns [rank][micro-batch] -> indices into `lengths`, the same number of rows on
+    every rank, so that collectives stay in step."""
+    costs = [n + quadratic * n * n for n in lengths]
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    n_rows = -(-max(1, -(-sum(lengths) // budget)) // world_size) * world_size
+    while (packed := _fill_rows(lengths, costs, order, budget, n_rows)) is None:
+        n_rows += max(1, n_rows // (50 * world_size)) * world_size
+    rows = [row for _, _, row in sorted(packed, key=lambda r: -r[0])]
+    # Dealt in turns that change direction, so that no rank gets the costliest row of every step.
+    steps = [rows[i : i + world_size] for i in range(0, n_rows, world_size)]
+    dealt = [step if i % 2 == 0 else step[::-1] for i, step in enumerate(steps)]
+    return [[step[rank] for step in dealt] for rank in range(world_size)]
+
+
+def _fill_rows(
+    lengths: list[int], costs: list[float], order: list[int], budget: int, n_rows: int
+) -> list[tuple[float, int, list[int]]] | None:
+    """(cost, row number, indices) of every row; None where they do not fit into `n_rows`."""
+    heap: list[tuple[float, int, list[int]]] = [(0.0, row, []) for row in range(n_rows)]
+    room = [budget] * n_rows
+    for index in order:
+        full = []  # the cheapest rows, if they lack room
+        while heap and heap[0][2] and room[heap[0][1]] < lengths[index]:
+            full.append(heapq.heappop(heap))
+        if not heap:
+            return None
+        cost, row, members = heapq.heappop(heap)
+        room[row] -= lengths[index]
+        for entry in [*full, (cost + costs[index], row, [*members, index])]:
+            heapq.heappush(heap, entry)
+    return heap
 
 
 def make_row(rollouts: Rollouts, sequences: list[int], device: torch.device) -> Row:
@@ -394,13 +453,22 @@ def make_row(rollouts: Rollouts, sequences: list[int], device: torch.device) -> 
     part in every collective and adds exactly zero."""
     chosen = torch.tensor(sequences or [0])
     lengths = rollouts.lengths[chosen]
+    starts = F.pad(lengths.cumsum(0), (1, 0))
     ids = torch.repeat_interleave(torch.arange(len(chosen)), lengths)
-    position_ids = torch.arange(len(ids)) - (lengths.cumsum(0) - lengths)[ids]
+    position_ids = torch.arange(len(ids)) - starts[ids]
     flat = rollouts.cu_seqlens[chosen][ids] + position_ids
     mask = (position_ids >= rollouts.prompt_lens[chosen][ids]) & bool(sequences)
-    tensors = (rollouts.tokens[flat].long(), position_ids, mask.nonzero()[:, 0], mask, ids)
-    tokens, position_ids, index, mask, ids = (t.to(device, non_blocking=True) for t in tensors)
-    return Row(tokens, position_ids, lengths.tolist(), index, mask, ids, chosen, flat)
+    tokens, index = rollouts.tokens[flat].long(), mask.nonzero()[:, 0]
+    on_device = (tokens, position_ids, starts.int(), index, mask, ids)
+    tokens, position_ids, starts, index, mask, ids = (to_device(t, device) for t in on_device)
+    return Row(tokens, position_ids, lengths.tolist(), starts, index, mask, ids, chosen, flat)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copies to a GPU through pinned memory: the host does not wait for the work queued there."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def sequence_sum(values: Tensor, sequence_ids: Tensor, n_sequences: int) -> Tensor:
@@ -430,20 +498,118 @@ def kl_penalty(log_ratio: Tensor, direction: str) -> Tensor:
 # Models
 
 
-def packed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, segment_lengths: list[int] | None = None, **_: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """Causal attention inside each sequence of a packed row: cost is linear in their number.
+# Attention inside each sequence of a packed row. All have the signature that transformers'
+# AttentionInterface asks for: query [1, heads, T, head_dim], key and value [1, kv_heads, T,
+# head_dim] -> [1, T, heads, head_dim]; `packed` is the Row itself. Cost is linear in the number of
+# sequences, and no [T, T] mask exists.
 
-    query [1, heads, T, head_dim], key and value [1, kv_heads, ...] -> [1, T, heads, head_dim]."""
-    assert segment_lengths is not None, "Policy.forward passes the lengths of the sequences"
-    segments = zip(*(x.split(segment_lengths, dim=2) for x in (query, key, value)), strict=True)
+
+def loop_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    *, packed: Row, scaling: float | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Sequence by sequence with torch's fused attention: the way on the CPU."""
+    segments = zip(*(x.split(packed.lengths, dim=2) for x in (query, key, value)), strict=True)
     grouped = query.shape[1] != key.shape[1]
     attend = functools.partial(
         F.scaled_dot_product_attention, is_causal=True, scale=scaling, enable_gqa=grouped
     )
     return torch.cat([attend(q, k, v) for q, k, v in segments], dim=2).transpose(1, 2), None
+
+
+def varlen_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    *, packed: Row, scaling: float | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """torch.nn.attention.varlen: FlashAttention as torch brings it, bf16 or fp16, CUDA."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, head_dim]
+    grouped = {}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            grouped = {"enable_gqa": True}
+        else:  # torch 2.11 wants as many heads of keys as of queries
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    cu, longest = packed.cu_seqlens, max(packed.lengths)
+    out = varlen_attn(
+        q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0), **grouped
+    )
+    return out[None], None
+
+
+def flash_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    *, packed: Row, scaling: float | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """The flash-attn package, where it is installed."""
+    from flash_attn import flash_attn_varlen_func
+
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    cu, longest = packed.cu_seqlens, max(packed.lengths)
+    out = flash_attn_varlen_func(
+        q, k, v, cu, cu, longest, longest, softmax_scale=scaling, causal=True
+    )
+    return out[None], None
+
+
+def flex_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    *, packed: Row, scaling: float | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """torch's flex_attention, compiled on CUDA, with a mask of blocks; the last resort there."""
+    from torch.nn.attention import flex_attention as flex
+
+    attend = flex.flex_attention
+    if query.is_cuda:
+        attend = _compiled(flex.flex_attention)
+    grouped = query.shape[1] != key.shape[1]
+    mask = _block_mask(packed)
+    out = attend(query, key, value, block_mask=mask, scale=scaling, enable_gqa=grouped)
+    return out.transpose(1, 2), None
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)
+
+
+@functools.lru_cache(maxsize=1)  # one row, all layers
+def _block_mask(packed: Row) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    ids, n = packed.sequence_ids, len(packed.tokens)
+
+    def causal_within(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (ids[q] == ids[k]) & (q >= k)
+
+    return create_block_mask(causal_within, None, None, n, n, device=ids.device)
+
+
+ATTENTION: dict[str, Callable[..., tuple[Tensor, None]]] = {
+    "loop": loop_attention, "varlen": varlen_attention, "flash_attn": flash_attention,
+    "flex": flex_attention,
+}  # fmt: skip
+
+
+def register_attention() -> None:
+    """Makes ATTENTION known to transformers, as attn_implementation="packed_loop" and so on."""
+    from transformers import AttentionInterface
+
+    for key, function in ATTENTION.items():
+        AttentionInterface.register(f"packed_{key}", function)
+
+
+def choose_attention(device: torch.device) -> str:
+    """The key of ATTENTION for this machine: what needs no extra package comes first."""
+    if device.type == "cpu":
+        return "loop"
+    with contextlib.suppress(ImportError):
+        from torch.nn.attention import varlen
+
+        if "window_size" in inspect.signature(varlen.varlen_attn).parameters:
+            return "varlen"
+    return "flash_attn" if importlib.util.find_spec("flash_attn") else "flex"
 
 
 @functools.cache
@@ -505,23 +671,34 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_lm(
-    name: str, device: torch.device, dtype: torch.dtype, attention: str = "packed"
-) -> nn.Module:
+    name: str, device: torch.device, dtype: torch.dtype, attention: str | None = None,
+    weights: bool = True,
+) -> nn.Module:  # fmt: skip
     """A transformers causal LM in evaluation mode: no dropout, so ratios start at exactly 1.
 
+    attention: a key of ATTENTION (default: choose_attention), or transformers' own "sdpa" ...
+    weights: False gives shapes only (on the meta device), for _load_shards to fill.
     Raises UserError where the architecture has what our forward does not compute."""
-    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    AttentionInterface.register("packed", packed_attention)
-    lm = _from_pretrained(AutoModelForCausalLM, name, attn_implementation=attention, dtype=dtype)
+    register_attention()
+    packed = attention is None or attention in ATTENTION
+    how = f"packed_{attention or choose_attention(device)}" if packed else attention
+    kwargs = {"attn_implementation": how, "dtype": dtype}
+    if weights:
+        lm = _from_pretrained(AutoModelForCausalLM, name, **kwargs)
+    else:
+        config = _from_pretrained(AutoConfig, name)
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(config, **kwargs)
     unsupported = [k for k in ("final_logit_softcapping", "logit_scale") if hasattr(lm.config, k)]
     if "sliding_attention" in (getattr(lm.config, "layer_types", None) or ()):
         unsupported.append("sliding_attention")
-    if attention == "packed" and unsupported:
+    if packed and unsupported:
         raise UserError(f"model '{name}': the packed forward has no {', '.join(unsupported)}")
-    return lm.to(device).eval()
+    return (lm.to(device) if weights else lm).eval()
 
 
 class Policy(nn.Module):
@@ -533,43 +710,118 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = lm
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks: the list of modules that is as long as the config says."""
+        n_layers = self.lm.config.num_hidden_layers
+        stacks = (m for m in self.modules() if isinstance(m, nn.ModuleList))
+        return next(stack for stack in stacks if len(stack) == n_layers)
+
+    @functools.cached_property
+    def attention_cost(self) -> float:
+        """Cost of attention against all else: a sequence of n tokens costs n + attention_cost n^2.
+
+        Forward: 2 P FLOPs a token in the blocks' matrices, 4 d t at position t in attention (d all
+        heads' width), so n (2 P + 2 L d n) a sequence."""
+        config = self.lm.config
+        width = config.num_attention_heads * self.blocks[0].self_attn.head_dim
+        return config.num_hidden_layers * width / sum(p.numel() for p in self.blocks.parameters())
+
     def forward(self, row: Row, head: Callable[[Tensor, Tensor], Any]) -> Any:
         """head(hidden [R, D], weight [V, D]); hidden[i] is the state that predicts token i of R."""
         body = self.lm.base_model(
-            input_ids=row.tokens[None], position_ids=row.position_ids[None],
+            input_ids=row.tokens[None], position_ids=row.position_ids[None], packed=row,
             use_cache=False,  # a cache, even unused, makes transformers attend across sequences
-            segment_lengths=row.lengths,
         )  # fmt: skip
         # A response token is predicted by the token before it; there is one: no prompt is empty.
         return head(body.last_hidden_state[0][row.response_index - 1], self.lm.lm_head.weight)
 
 
-def load_policy(name: str, ranks: Ranks, train: bool) -> Policy:
-    """Loads a model; to train it on GPUs or several ranks sharded by FSDP2: float32 masters, bf16
-    compute on a GPU, which is also the precision that a policy is scored in."""
-    cuda = ranks.device.type == "cuda"
-    dtype = torch.bfloat16 if cuda and not train else torch.float32
-    policy = Policy(load_lm(name, ranks.device, dtype)).requires_grad_(train)
-    if train and dist.is_initialized():
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What policies are computed, scored and saved in; masters and reductions are float32."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
-        mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
-        bf16 = (torch.bfloat16, torch.float32) if cuda else ()  # compute, reduce
-        n_layers = policy.lm.config.num_hidden_layers
-        stacks = (m for m in policy.modules() if isinstance(m, nn.ModuleList))
-        blocks = next(stack for stack in stacks if len(stack) == n_layers)
-        for unit in [*blocks, policy]:  # every decoder block, then embedding, norm and head
-            # The root too gives its weights back after a forward: one without a backward (scoring)
-            # would else leave it unsharded, and the optimiser would be built on what is temporary.
-            precision = MixedPrecisionPolicy(*bf16)
-            fully_shard(unit, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+
+def load_policy(
+    name: str, ranks: Ranks, train: bool, *, shard: bool = False, shard_size: int | None = None,
+    activation_checkpointing: bool = False, **_: Any,
+) -> Policy:  # fmt: skip
+    """Loads a model to be trained, or scored.
+
+    To train on GPUs or several ranks it is sharded by FSDP2, as it is to be scored with `shard`:
+    float32 masters, compute_dtype for compute, float32 for reductions; every rank reads its own
+    shard from the files, so no rank ever holds the whole model.
+    shard_size: ranks that share one copy (default: all); gradients are summed over the copies.
+    activation_checkpointing: each block keeps its input only and runs again in the backward."""
+    device, dtype = ranks.device, compute_dtype(ranks.device)
+    if not dist.is_initialized() or not (train or (shard and ranks.world_size > 1)):
+        policy = Policy(load_lm(name, device, torch.float32 if train else dtype))
+        _checkpoint_blocks(policy, activation_checkpointing)
+        return policy.requires_grad_(train)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    size = shard_size or ranks.world_size
+    if ranks.world_size % size:
+        raise UserError(f"--shard-size {size}: must divide the {ranks.world_size} ranks")
+    names, shape = ("copy", "shard"), (ranks.world_size // size, size)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    policy = Policy(load_lm(name, device, torch.float32, weights=False)).requires_grad_(train)
+    _checkpoint_blocks(policy, activation_checkpointing)
+    units = [*policy.blocks]
+    if not policy.lm.config.tie_word_embeddings:  # else the root's output matrix is the same
+        units.append(policy.lm.get_input_embeddings())
+    for unit in [*units, policy]:  # the root: what is left, norm and output matrix
+        # The root too gives its weights back after a forward: one without a backward (scoring)
+        # would else leave it unsharded, and the optimiser would be built on what is temporary.
+        precision = MixedPrecisionPolicy(dtype, torch.float32)
+        fully_shard(
+            unit, mesh=mesh if shape[0] > 1 else mesh["shard"], mp_policy=precision,
+            reshard_after_forward=True,
+        )  # fmt: skip
+    policy.to_empty(device=device)
+    _load_shards(policy, name, ranks.rank % size, size)
     return policy
+
+
+def _checkpoint_blocks(policy: Policy, wanted: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    for block in policy.blocks if wanted else ():
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+@torch.no_grad()
+def _load_shards(policy: Policy, name: str, position: int, size: int) -> None:
+    """Fills the shards of a model from its files, reading no more than this rank's part.
+
+    FSDP2 splits along the first dimension into `size` equal parts, the last ones shorter or empty.
+    Raises UserError where the files' names are not those of transformers' module."""
+    files: dict[str, Any] = {}
+    for path in sorted(model_folder(name).glob("*.safetensors")):
+        file = safe_open(path, framework="pt")
+        files |= dict.fromkeys(file.keys(), file)
+    parameters = dict(policy.lm.named_parameters())  # a tied output matrix is there once
+    if missing := parameters.keys() - files.keys():
+        raise UserError(f"model '{name}': its files have no {min(missing)} ({len(missing)} missing "
+                        "of transformers' names), so ranks cannot read their shards; "
+                        "convert it by save_pretrained, or train in one process")  # fmt: skip
+    for key, parameter in parameters.items():
+        part, rows = parameter.to_local(), -(-parameter.shape[0] // size)
+        stored = files[key].get_slice(key)
+        if stored.get_shape() != list(parameter.shape):
+            raise UserError(f"model '{name}': {key} has shape {stored.get_shape()} in its files, "
+                            f"{list(parameter.shape)} by its config")  # fmt: skip
+        if len(part):
+            part.copy_(stored[position * rows : position * rows + len(part)])
+    for module in policy.modules():  # frequencies of rotary embeddings are computed, not stored
+        if module._non_persistent_buffers_set:
+            policy.lm._init_weights(module)
 
 
 def save_model(policy: Policy, tokenizer: Any, folder: Path, ranks: Ranks) -> None:
     """Writes a Hugging Face folder, tokenizer included; all ranks call it. `config.json` comes
-    last: a folder that has one is complete."""
+    last: a folder that has one is complete. Weights are stored in compute_dtype."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from transformers.utils import logging
 
@@ -579,8 +831,12 @@ def save_model(policy: Policy, tokenizer: Any, folder: Path, ranks: Ranks) -> No
     if ranks.rank == 0:
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        weights = {name.removeprefix("lm."): tensor for name, tensor in weights.items()}
+        dtype = compute_dtype(ranks.device)
+        weights = {name.removeprefix("lm."): w.to(dtype) for name, w in weights.items()}
         policy.lm.save_pretrained(temporary, state_dict=weights)
+        config = read_json(temporary / "config.json")
+        config["dtype"] = str(dtype).removeprefix("torch.")  # not that of the masters
+        write_json(temporary / "config.json", config)
         tokenizer.save_pretrained(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         for file in sorted(temporary.iterdir(), key=lambda f: f.name == "config.json"):
@@ -594,9 +850,18 @@ def save_model(policy: Policy, tokenizer: Any, folder: Path, ranks: Ranks) -> No
 
 
 def head_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """[R, V] logits of one chunk in float32 (float64 stays float64)."""
+    """[R, V] logits of one chunk in float32 (float64 stays), for autograd to go through."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     return (hidden.to(wide) @ weight.to(wide).T) / temperature
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, accumulated and returned in float32 (float64 stays). bf16 on CUDA goes to the tensor
+    cores as it is: a product of two bf16 numbers is exact in float32. Has no gradient there."""
+    if a.is_cuda and a.dtype == b.dtype == torch.bfloat16:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return a.to(wide) @ b.to(wide)
 
 
 def head_chunks(vocabulary: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -608,7 +873,8 @@ def head_chunks(vocabulary: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...
 class _HeadLogprobs(torch.autograd.Function):
     """log softmax(hidden @ weight.T / temperature)[target] and the entropy, in chunks of tokens.
 
-    Keeps logZ only; backward makes each chunk's logits again. The entropy has no gradient."""
+    Keeps logZ only; backward makes each chunk's logits again. The entropy has no gradient. In-place
+    throughout: with a vocabulary of 150k a pass over a chunk costs as much as a matrix product."""
 
     @staticmethod
     def forward(
@@ -616,12 +882,16 @@ class _HeadLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         logprobs, entropies, log_zs = [], [], []
         for h, y in head_chunks(len(weight), hidden, targets):
-            logits = head_logits(h, weight, temperature)
-            log_z = logits.logsumexp(-1)
-            logprobs.append(logits.gather(-1, y[:, None])[:, 0] - log_z)
-            probs = (logits - log_z[:, None]).exp_()
-            entropies.append(log_z - torch.linalg.vecdot(probs, logits))
-            log_zs.append(log_z)
+            logits = wide_product(h, weight.T).div_(temperature)
+            top = logits.amax(-1, keepdim=True)
+            shifted = logits.sub_(top)  # the largest is 0: exp is at most 1
+            chosen = shifted.gather(-1, y[:, None])[:, 0]
+            exps = shifted.exp()
+            z = exps.sum(-1)
+            logprobs.append(chosen - z.log())
+            # H = log Z - sum p shifted; exp underflows to 0 before 0 * -inf could make a nan
+            entropies.append(z.log() - torch.linalg.vecdot(exps, shifted) / z)
+            log_zs.append(z.log() + top[:, 0])
         ctx.save_for_backward(hidden, weight, targets, torch.cat(log_zs))
         ctx.temperature = temperature
         entropy = torch.cat(entropies)
@@ -634,12 +904,14 @@ class _HeadLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=log_z.dtype)
         grad_hidden = []
         for h, y, z, g in head_chunks(len(weight), hidden, targets, log_z, grad):
-            # d logprob / d logits = onehot - softmax
-            grad_logits = (head_logits(h, weight, ctx.temperature) - z[:, None]).exp_().neg_()
-            grad_logits.scatter_add_(-1, y[:, None], torch.ones_like(z)[:, None])
-            grad_logits *= (g / ctx.temperature)[:, None]
-            grad_hidden.append((grad_logits @ weight.to(grad_logits.dtype)).to(hidden.dtype))
-            grad_weight.addmm_(grad_logits.T, h.to(grad_logits.dtype))
+            # d logprob / d logits = (onehot - softmax) / temperature
+            scale = (g / ctx.temperature)[:, None]
+            grad_logits = wide_product(h, weight.T).div_(ctx.temperature).sub_(z[:, None]).exp_()
+            grad_logits.mul_(-scale).scatter_add_(-1, y[:, None], scale)
+            if h.is_cuda:  # back to the tensor cores
+                grad_logits = grad_logits.to(h.dtype)
+            grad_hidden.append(wide_product(grad_logits, weight).to(hidden.dtype))
+            grad_weight += wide_product(grad_logits.T, h)
         return torch.cat(grad_hidden), grad_weight.to(weight.dtype), None, None
 
 
@@ -685,13 +957,36 @@ def score(
     The forward, dtype and temperature of training, so that ratios start at exactly 1."""
     result = torch.zeros(len(rollouts.tokens))
     with progress(ranks, len(rollouts.rewards), 0, what) as bar:
-        for sequences in pack(rollouts.lengths.tolist(), budget, ranks.world_size)[ranks.rank]:
-            row = make_row(rollouts, sequences, ranks.device)
-            logprobs = row_logprobs(policy, row, temperature)[0]
-            if sequences:  # a rank without work has scored a stand-in
-                result[row.flat] = logprobs.float().cpu()
-            bar.update(len(sequences) * ranks.world_size)
+        for block in torch.arange(len(rollouts.rewards)).split(SCORE_BLOCK):
+            lengths = rollouts.lengths[block].tolist()
+            rows = pack(lengths, budget, ranks.world_size, policy.attention_cost)[ranks.rank]
+            for members in rows:
+                row = make_row(rollouts, block[members].tolist(), ranks.device)
+                logprobs = row_logprobs(policy, row, temperature)[0]
+                if members:  # a rank without work has scored a stand-in
+                    result[row.flat] = logprobs.float().cpu()
+                bar.update(len(members) * ranks.world_size)
     return ranks.sum(result.to(ranks.device)).cpu()
+
+
+def noise_sums(gap: Tensor, where: Tensor) -> Tensor:
+    """[gap, gap^2, outside [0.9, 1.1], tokens] summed where `where`; gap [T] of log-probs, nats."""
+    ratio = gap.exp()
+    outside = ~((ratio > 0.9) & (ratio < 1.1))  # so that nan is outside
+    return torch.stack([(x * where).sum() for x in (gap, gap.square(), outside.float(), where)])
+
+
+def check_noise(sums: Tensor, what: str, max_noise: float, ranks: Ranks) -> None:
+    """Prints the noise floor of every ratio, from noise_sums of log-probs that should be equal.
+
+    Raises UserError where a larger share of tokens than `max_noise` lies outside [0.9, 1.1]."""
+    mean, square, outside = (sums[:3] / sums[3]).tolist()
+    text = (f"{what}: mean {mean:+.1e}, sd {max(0.0, square - mean**2) ** 0.5:.1e} nats, "
+            f"{outside:.2%} of tokens outside [0.9, 1.1]")  # fmt: skip
+    ranks.print(text)
+    if outside > max_noise:
+        raise UserError(f"{text}, more than --max-noise {max_noise:g}: another policy, temperature "
+                        "or precision? Sample or score again, or raise it")  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------
@@ -742,62 +1037,135 @@ def make_optimizer(policy: Policy, learning_rate: float, weight_decay: float) ->
     return torch.optim.AdamW(parameters, learning_rate, weight_decay=weight_decay, fused=True)
 
 
-def optimizer_step(
-    policy: Policy, optimizer: torch.optim.Optimizer, learning_rate: float, max_grad_norm: float
-) -> float:
-    """Clips the global gradient norm, steps, clears; returns the norm before clipping.
+def sync_gradients(policy: Policy, last: bool, defer: bool) -> None:
+    """With `defer`, FSDP reduces gradients once a step, after the last micro-batch, instead of
+    after each: less traffic, but until then every rank holds them whole, in float32."""
+    if defer and hasattr(policy, "set_requires_gradient_sync"):  # sharded
+        policy.set_requires_gradient_sync(last)
 
-    A step whose gradient is not finite is left out, on all ranks alike; its norm tells."""
+
+def clip_gradients(policy: Policy, max_grad_norm: float) -> Tensor:
+    """Scales the gradient to a global norm of at most max_grad_norm; returns the norm before."""
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
-    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-    if math.isfinite(norm):
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+MAX_SKIPPED = 3  # steps in a row with a non-finite loss or gradient that end a run
+
+
+def optimizer_step(
+    optimizer: torch.optim.Optimizer, learning_rate: float, values: dict[str, float],
+    state: dict[str, Any], output: Path,
+) -> None:  # fmt: skip
+    """Steps and clears the gradients. `values` are the step's, equal on all ranks.
+
+    A step whose loss or gradient norm is not finite is left out and counted in `state`; the
+    MAX_SKIPPED-th in a row raises UserError, with the last checkpoint in place."""
+    bad = not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]))
+    state["skipped"] = state.get("skipped", 0) + bad
+    state["skipped_in_a_row"] = state.get("skipped_in_a_row", 0) + 1 if bad else 0
+    values["skipped"] = state["skipped"]
+    if state["skipped_in_a_row"] == MAX_SKIPPED:
+        raise UserError(f"step {state['step'] + 1}: loss {values['loss']}, gradient norm "
+                        f"{values['grad_norm']}, the {MAX_SKIPPED}rd step in a row that is not "
+                        "finite; lower --learning-rate, in another --output (the last good "
+                        f"checkpoint is in {output / 'checkpoints'})")  # fmt: skip
+    if not bad:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step()
     optimizer.zero_grad()
-    return norm
+
+
+def catch_sigterm() -> threading.Event:
+    """From now on SIGTERM sets the returned event; the loop saves, and ends with exit_by_sigterm.
+
+    One rank may get the signal before the others: they tell each other in mean_metrics."""
+    caught = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: caught.set())
+    return caught
+
+
+def exit_by_sigterm(step: int, ranks: Ranks) -> NoReturn:
+    """Ends with 143, as a process that SIGTERM kills: schedulers requeue, shell scripts stop."""
+    ranks.print(f"SIGTERM: saved step {step}; the same command goes on from there")
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def save_checkpoint(
     output: Path, state: dict[str, Any], policy: Policy, optimizer: torch.optim.Optimizer,
     ranks: Ranks,
 ) -> None:  # fmt: skip
-    """Writes weights and optimiser by torch.distributed.checkpoint and `state` as JSON to
-    checkpoints/resume-STEP, then removes older ones. The folder gets its name when it is whole."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict
+    """Writes weights, optimiser and random states by torch.distributed.checkpoint, `state` as
+    JSON, to checkpoints/resume-STEP; all ranks call it.
 
-    final = output / "checkpoints" / f"resume-{state['step']:07d}"
-    temporary = final.with_name(f".{final.name}.tmp")
+    The folder gets its name when it is whole and on disk (DCP syncs its files); only then
+    checkpoints/last.json names it, and only then older ones go. The data's order needs no state:
+    (seed, epoch) decide it, and the step says how far."""
+    import torch.distributed.checkpoint as dcp
+
+    folder, name = output / "checkpoints", f"resume-{state['step']:07d}"
+    temporary, final = folder / f".{name}.tmp", folder / name
     if ranks.rank == 0:
-        for folder in (temporary, final):
-            shutil.rmtree(folder, ignore_errors=True)
+        for leftover in (temporary, final):  # of a run that was killed before last.json named it
+            shutil.rmtree(leftover, ignore_errors=True)
     ranks.barrier()
-    contents = dict(zip(("model", "optimizer"), get_state_dict(policy, optimizer), strict=True))
+    contents = _checkpoint_contents(policy, optimizer) | {"rng": _random_states(ranks)}
     dcp.save(contents, checkpoint_id=temporary, no_dist=ranks.world_size == 1)
     if ranks.rank == 0:
-        write_json(temporary / "state.json", state)
+        write_json(temporary / "state.json", state | {"world_size": ranks.world_size})
         os.replace(temporary, final)
-        for old in sorted(final.parent.glob("resume-*"))[:-1]:
-            shutil.rmtree(old)
+        sync_folder(folder)
+        write_json(folder / "last.json", {"folder": name})
+        for old in folder.glob("resume-*"):
+            if old != final:
+                shutil.rmtree(old)
     ranks.barrier()
 
 
 def load_checkpoint(
     output: Path, policy: Policy, optimizer: torch.optim.Optimizer, ranks: Ranks
 ) -> dict[str, Any]:
-    """Loads the last whole checkpoint, at any world size. Returns its state, {} where none is."""
+    """Loads the checkpoint that checkpoints/last.json names, at any world size. Returns its state,
+    {} where none is. Raises UserError where it is gone or damaged."""
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.checkpoint.state_dict import set_state_dict
 
-    folders = sorted((output / "checkpoints").glob("resume-*"))
-    if not folders:
+    pointer = output / "checkpoints" / "last.json"
+    if not pointer.is_file():
         return {}
-    contents = dict(zip(("model", "optimizer"), get_state_dict(policy, optimizer), strict=True))
-    dcp.load(contents, checkpoint_id=folders[-1], no_dist=ranks.world_size == 1)
+    folder = pointer.parent / read_json(pointer)["folder"]
+    if not (folder / ".metadata").is_file():
+        raise UserError(f"{pointer}: names {folder.name}, which is gone or damaged; bring it back, "
+                        "or start again in another --output")  # fmt: skip
+    state = read_json(folder / "state.json")
+    contents = _checkpoint_contents(policy, optimizer)
+    same_ranks = state.pop("world_size") == ranks.world_size
+    if same_ranks:
+        contents["rng"] = _random_states(ranks)
+    try:
+        dcp.load(contents, checkpoint_id=folder, no_dist=ranks.world_size == 1)
+    except (dcp.CheckpointException, OSError, EOFError) as error:
+        raise UserError(f"{folder}: cannot be read ({type(error).__name__}); bring it back, or "
+                        "start again in another --output") from None  # fmt: skip
     weights, moments = contents["model"], contents["optimizer"]
     set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
-    return read_json(folders[-1] / "state.json")
+    if same_ranks:
+        for kind, value in contents["rng"][str(ranks.rank)].items():
+            getattr(torch, kind).set_rng_state(value)
+    return state
+
+
+def _checkpoint_contents(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    return dict(zip(("model", "optimizer"), get_state_dict(policy, optimizer), strict=True))
+
+
+def _random_states(ranks: Ranks) -> dict[str, dict[str, Tensor]]:
+    """This rank's, by module of torch. Nothing here draws in training; a fork may (dropout)."""
+    kinds = ["random"] + ["cuda"] * (ranks.device.type == "cuda")
+    return {str(ranks.rank): {kind: getattr(torch, kind).get_rng_state() for kind in kinds}}
 
 
 class MetricsLog:
@@ -821,7 +1189,8 @@ class MetricsLog:
 
 
 def mean_metrics(sums: dict[str, Tensor], ranks: Ranks) -> dict[str, float]:
-    """{name: [sum, count]} of this rank's micro-batches -> means over the global batch."""
+    """{name: [sum, count]} of this rank's micro-batches -> means over the global batch. This is the
+    one place where a step waits for the GPU."""
     table = ranks.sum(torch.stack(list(sums.values()))).tolist()  # [metrics, 2], one reduction
     pairs = zip(sums, table, strict=True)
     return {name: total / count if count else math.nan for name, (total, count) in pairs}

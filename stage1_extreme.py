@@ -41,11 +41,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import (  # isort: skip
-    LOG_RATIO_CLAMP, MetricsLog, Rollouts, Row, UserError, check_sampling, check_vocabulary,
-    epoch_batches, fingerprint, kl_penalty, load_checkpoint, load_policy, load_rollouts,
-    load_tensors, load_tokenizer, make_optimizer, make_row, mean_metrics, model_folder,
-    optimizer_step, pack, progress, require, row_logprobs, run, safe_exp, save_checkpoint,
-    save_model, save_tensors, score, sequence_sum, setup_ranks, start_run,
+    LOG_RATIO_CLAMP, MetricsLog, Rollouts, Row, UserError, catch_sigterm, check_noise,
+    check_sampling, check_vocabulary, clip_gradients, epoch_batches, exit_by_sigterm, fingerprint,
+    kl_penalty, load_checkpoint, load_policy, load_rollouts, load_tensors, load_tokenizer,
+    make_optimizer, make_row, mean_metrics, model_folder, noise_sums, optimizer_step, pack,
+    progress, require, row_logprobs, run, safe_exp, save_checkpoint, save_model, save_tensors,
+    score, sequence_sum, setup_ranks, start_run, sync_gradients, to_device,
 )  # fmt: skip
 
 
@@ -105,6 +106,14 @@ class Args:
     """epochs, also fractions, at which a loadable model is saved; default: every epoch's end"""
     checkpoint_every: int = 50
     """steps between checkpoints for resuming; one is also written with every saved model"""
+    max_noise: float = 0.2
+    """share of tokens whose trainer/sampler ratio may lie outside [0.9, 1.1] (bf16: up to 0.08)"""
+    activation_checkpointing: bool = False
+    """decoder blocks keep their input only, and run again in the backward: memory for a third"""
+    defer_gradient_sync: bool = False
+    """reduce gradients once a step, not a micro-batch; each rank holds them whole, in float32"""
+    shard_size: int | None = None
+    """ranks that share one copy of the model (8: within a node of 8 GPUs); default: all"""
     force: bool = False
     """train on rollouts that were sampled with top-p below 1"""
     seed: int = 0
@@ -122,6 +131,8 @@ class Args:
             raise UserError("--stop-at-logprob is the depth of unlearning; add --unlearn")
         counts = "epochs batch_size micro_batch_tokens checkpoint_every"
         require(self, counts, lambda v: v >= 1, "1 or more")
+        require(self, "shard_size", lambda v: v is None or v >= 1, "1 or more")
+        require(self, "max_noise", lambda v: 0 <= v <= 1, "between 0 and 1")
         positive = "learning_rate beta max_grad_norm sapo_tau_positive sapo_tau_negative"
         require(self, positive, lambda v: v > 0, "above 0")
         require(self, "kl_coef weight_decay warmup_steps clip_high", lambda v: v >= 0, "0 or more")
@@ -320,11 +331,8 @@ def score_behavior(
         return load_tensors(path, {"behavior_logprobs": torch.float32})[0]["behavior_logprobs"]
     logprobs = score(base, rollouts, temperature, args.micro_batch_tokens, ranks, "score the base")
     if rollouts.sampler_logprobs is not None:
-        gap = (logprobs - rollouts.sampler_logprobs)[rollouts.response_mask]
-        outside = ((gap.exp() < 0.9) | (gap.exp() > 1.1)).float().mean()
-        hint = ": another policy drew these rollouts?" if outside > 0.2 else ""
-        ranks.print(f"trainer minus sampler log-probs: mean {gap.mean():+.1e}, sd {gap.std():.1e}, "
-                    f"{outside:.2%} of tokens outside [0.9, 1.1]{hint}")  # fmt: skip
+        sums = noise_sums(logprobs - rollouts.sampler_logprobs, rollouts.response_mask)
+        check_noise(sums, "trainer minus sampler log-probs", args.max_noise, ranks)
     if ranks.rank == 0:
         metadata = {"rollouts": fingerprint(rollouts.path)}
         save_tensors(path, {"behavior_logprobs": logprobs}, metadata)
@@ -347,7 +355,7 @@ def main(args: Args) -> None:
         inputs["init"] = fingerprint(model_folder(args.init))
     check_vocabulary([args.base] + [args.init] * bool(args.init), rollouts)
     tokenizer = load_tokenizer(args.base)
-    policy = load_policy(args.base, ranks, train=True)
+    policy = load_policy(args.base, ranks, train=True, **vars(args))
     n = len(rewards)
     steps_per_epoch = -(-n // args.batch_size)
     total_steps, saves = args.epochs * steps_per_epoch, save_steps(args, steps_per_epoch)
@@ -356,13 +364,15 @@ def main(args: Args) -> None:
     behavior_logprobs = score_behavior(args, rollouts, temperature, policy, ranks)
     if args.init:
         del policy  # one model in memory at a time
-        policy = load_policy(args.init, ranks, train=True)
+        policy = load_policy(args.init, ranks, train=True, **vars(args))
 
     optimizer = make_optimizer(policy, args.learning_rate, args.weight_decay)
-    step = load_checkpoint(args.output, policy, optimizer, ranks).get("step", 0)
+    state = load_checkpoint(args.output, policy, optimizer, ranks) or {"step": 0}
+    step = state["step"]
     log = MetricsLog(args.output, step, ranks)
     loss_function, unit = LOSSES[args.loss]
     bar = progress(ranks, total_steps, step, f"stage 1 {args.loss}")
+    sigterm = catch_sigterm()
 
     while step < total_steps:
         epoch, within = divmod(step, steps_per_epoch)
@@ -374,38 +384,45 @@ def main(args: Args) -> None:
             "tokens": int(tokens.sum()),
             "positive_tokens": max(1, int((tokens * rewards[batch]).sum())),
         }
-        lengths = rollouts.lengths[batch].tolist()
-        rows = pack(lengths, args.micro_batch_tokens, ranks.world_size)[ranks.rank]
+        lengths, budget = rollouts.lengths[batch].tolist(), args.micro_batch_tokens
+        rows = pack(lengths, budget, ranks.world_size, policy.attention_cost)[ranks.rank]
         sums: dict[str, Tensor] = {}
-        for members in rows:
+        for i, members in enumerate(rows):
             row: Row = make_row(rollouts, batch[members].tolist(), ranks.device)
             at = row.sequences
             policy_logprobs, entropy = row_logprobs(policy, row, temperature)
+            behavior = to_device(behavior_logprobs[row.flat], ranks.device)
             x = LossInputs(
-                policy_logprobs, behavior_logprobs[row.flat].to(ranks.device) * row.response_mask,
-                row.response_mask, row.sequence_ids,
-                *(v[at].to(ranks.device) for v in (rewards, advantages, soft_values, group_means)),
+                policy_logprobs, behavior * row.response_mask, row.response_mask, row.sequence_ids,
+                *(to_device(v[at], ranks.device) for v in
+                  (rewards, advantages, soft_values, group_means)),
             )  # fmt: skip
             loss_sum, metrics = loss_function(x, **vars(args))
             loss = loss_sum / counts[unit] * bool(members)  # a rank without work adds nothing
             if args.kl_coef:
                 kl_sum = (kl_penalty(x.log_ratio, args.kl_direction) * x.response_mask).sum()
                 loss = loss + args.kl_coef * kl_sum / counts["responses"]
+            sync_gradients(policy, i + 1 == len(rows), args.defer_gradient_sync)
             (loss * ranks.world_size).backward()  # FSDP averages over ranks; the objective is a sum
-            metrics |= diagnostics(x, entropy, rollouts.rewards[at].to(ranks.device))
+            metrics |= diagnostics(x, entropy, to_device(rollouts.rewards[at], ranks.device))
             metrics = {name: value * bool(members) for name, value in metrics.items()}
             share = 1 / (len(rows) * ranks.world_size)  # so that the micro-batches' losses add up
             metrics["loss"] = torch.stack([loss.detach(), loss.new_tensor(share)])
             sums = {k: sums.get(k, 0) + v for k, v in metrics.items()}
 
-        learning_rate = args.learning_rate * min(1.0, (step + 1) / max(1, args.warmup_steps))
-        grad_norm = optimizer_step(policy, optimizer, learning_rate, args.max_grad_norm)
-        step += 1
+        grad_norm = clip_gradients(policy, args.max_grad_norm)
+        sums["grad_norm"] = torch.stack([grad_norm, torch.ones_like(grad_norm)])
+        sums["sigterm"] = torch.ones_like(sums["loss"]) * sigterm.is_set()  # on any rank
         values = mean_metrics(sums, ranks)
+        learning_rate = args.learning_rate * min(1.0, (step + 1) / max(1, args.warmup_steps))
+        optimizer_step(optimizer, learning_rate, values, state, args.output)
+        state["step"] = step = step + 1
+        stop = values.pop("sigterm") > 0
         done = {"step": step, "epoch": step / steps_per_epoch, "learning_rate": learning_rate}
-        log.write(done | values | {"grad_norm": grad_norm})
+        log.write(done | values)
         correct, wrong = values["log_ratio_correct"], values["log_ratio_wrong"]
-        bar.set_postfix(correct=f"{correct:+.2f}", wrong=f"{wrong:+.2f}", refresh=False)
+        skipped = {"skipped": state["skipped"]} if state["skipped"] else {}
+        bar.set_postfix(correct=f"{correct:+.2f}", wrong=f"{wrong:+.2f}", **skipped, refresh=False)
         bar.update()
         if args.stop_at_logprob is not None and values["logprob"] <= args.stop_at_logprob:
             ranks.print(f"mean log-prob of a response is {values['logprob']:.1f} nats: "
@@ -413,8 +430,10 @@ def main(args: Args) -> None:
             break
         if step in saves:
             save_model(policy, tokenizer, args.output / "checkpoints" / saves[step], ranks)
-        if step in saves or step % args.checkpoint_every == 0:
-            save_checkpoint(args.output, {"step": step}, policy, optimizer, ranks)
+        if step in saves or step % args.checkpoint_every == 0 or stop:
+            save_checkpoint(args.output, state, policy, optimizer, ranks)
+        if stop and step < total_steps:
+            exit_by_sigterm(step, ranks)
 
     bar.close()
     save_model(policy, tokenizer, args.output, ranks)

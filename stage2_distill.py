@@ -35,6 +35,7 @@ the arithmetic example was tuned to stands in examples/arithmetic/run.sh.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,11 +46,12 @@ import torch
 from torch import Tensor
 
 from common import (  # isort: skip
-    MetricsLog, Policy, Ranks, Rollouts, Row, UserError, check_sampling, check_vocabulary,
-    chunked_kl, epoch_batches, fingerprint, kl_penalty, load_checkpoint, load_policy,
-    load_rollouts, load_tensors, load_tokenizer, make_optimizer, make_row, mean_metrics,
-    model_folder, optimizer_step, pack, progress, require, row_logprobs, run, safe_exp,
-    save_checkpoint, save_model, score, setup_ranks, start_run,
+    MetricsLog, Policy, Ranks, Rollouts, Row, UserError, catch_sigterm, check_noise,
+    check_sampling, check_vocabulary, chunked_kl, clip_gradients, epoch_batches, exit_by_sigterm,
+    fingerprint, kl_penalty, load_checkpoint, load_policy, load_rollouts, load_tensors,
+    load_tokenizer, make_optimizer, make_row, mean_metrics, model_folder, noise_sums,
+    optimizer_step, pack, progress, require, row_logprobs, run, safe_exp, save_checkpoint,
+    save_model, score, setup_ranks, start_run, sync_gradients, to_device,
 )  # fmt: skip
 
 ARRAYS = ("behavior_logprobs", "base_logprobs", "signal")  # what is read of a signals file
@@ -112,6 +114,14 @@ class Args:
     """decoupled weight decay of AdamW"""
     max_grad_norm: float = 1.0
     """global gradient norm is clipped to this (common default)"""
+    max_noise: float = 0.2
+    """share of held-out tokens whose student/base ratio may start outside [0.9, 1.1]"""
+    activation_checkpointing: bool = False
+    """decoder blocks keep their input only, and run again in the backward: memory for a third"""
+    defer_gradient_sync: bool = False
+    """reduce gradients once a step, not a micro-batch; each rank holds them whole, in float32"""
+    shard_size: int | None = None
+    """ranks that share one copy of the model (8: within a node of 8 GPUs); default: all"""
     force: bool = False
     """train on rollouts that were sampled with top-p below 1"""
     seed: int = 0
@@ -138,6 +148,8 @@ class Args:
             raise UserError(f"--kl-budget {self.kl_budget}: must be above 0 nats")
         counts = "epochs batch_size micro_batch_tokens kl_every"
         require(self, counts, lambda v: v >= 1, "1 or more")
+        require(self, "shard_size", lambda v: v is None or v >= 1, "1 or more")
+        require(self, "max_noise", lambda v: 0 <= v <= 1, "between 0 and 1")
         above_0 = "learning_rate signal_clip token_kl max_grad_norm"
         require(self, above_0, lambda v: v > 0, "above 0")
         zero_up = "signal_floor kl_coef weight_decay warmup_steps clip_high"
@@ -295,16 +307,19 @@ def split_problems(rollouts: Rollouts, share: float, seed: int) -> tuple[Tensor,
 def measure_kl_proxy(
     policy: Policy, rollouts: Rollouts, held_out: Tensor, base_logprobs: Tensor,
     temperature: float, args: Args, ranks: Ranks,
-) -> float:  # fmt: skip
-    """sum_t r - 1 - log r, mean over held-out responses, nats: KL(base || policy) there."""
-    total = torch.zeros((), device=ranks.device)
-    lengths = rollouts.lengths[held_out].tolist()
-    for members in pack(lengths, args.micro_batch_tokens, ranks.world_size)[ranks.rank]:
+) -> tuple[float, Tensor]:  # fmt: skip
+    """sum_t r - 1 - log r, mean over held-out responses, nats: KL(base || policy) there; and the
+    noise_sums of log r, which are the noise floor before the first step."""
+    total = torch.zeros(5, device=ranks.device)
+    lengths, budget = rollouts.lengths[held_out].tolist(), args.micro_batch_tokens
+    for members in pack(lengths, budget, ranks.world_size, policy.attention_cost)[ranks.rank]:
         row = make_row(rollouts, held_out[members].tolist(), ranks.device)
-        base = base_logprobs[row.flat].to(ranks.device)
+        base = to_device(base_logprobs[row.flat], ranks.device)
         log_ratio = row_logprobs(policy, row, temperature)[0] - base
-        total += (kl_penalty(log_ratio, "forward") * row.response_mask).sum()
-    return ranks.sum(total).item() / len(held_out)
+        total[0] += (kl_penalty(log_ratio, "forward") * row.response_mask).sum()
+        total[1:] += noise_sums(log_ratio, row.response_mask)
+    total = ranks.sum(total).cpu()
+    return total[0].item() / len(held_out), total[1:]
 
 
 def forward_row(
@@ -345,7 +360,7 @@ def main(args: Args) -> None:
     check_vocabulary([args.base] + [args.teacher] * bool(args.teacher), rollouts)
     trained, held_out = split_problems(rollouts, args.kl_holdout, args.seed)
     tokenizer = load_tokenizer(args.base)
-    policy = load_policy(args.base, ranks, train=True)
+    policy = load_policy(args.base, ranks, train=True, **vars(args))
     if not start_run(args.output, args, inputs, ranks):
         return
     if teacher is not None:
@@ -359,31 +374,36 @@ def main(args: Args) -> None:
 
     optimizer = make_optimizer(policy, args.learning_rate, args.weight_decay)
     state = load_checkpoint(args.output, policy, optimizer, ranks)
-    state = state or {"step": 0, "learning_rate_factor": 1.0}
+    measure = functools.partial(
+        measure_kl_proxy, policy, rollouts, held_out, base_logprobs, temperature, args, ranks
+    )
+    if not state:
+        check_noise(measure()[1], "student minus base log-probs", args.max_noise, ranks)
+        state = {"step": 0, "learning_rate_factor": 1.0}
+        save_checkpoint(args.output, state, policy, optimizer, ranks)  # the base: in any budget
     step = state["step"]
     log = MetricsLog(args.output, step, ranks)
     steps_per_epoch = -(-len(trained) // args.batch_size)
     total_steps = args.epochs * steps_per_epoch
     loss_function = OBJECTIVES[args.objective]
     bar = progress(ranks, total_steps, step, f"stage 2 {args.objective}")
-    if step == 0:
-        save_checkpoint(args.output, state, policy, optimizer, ranks)  # the base: in any budget
+    sigterm = catch_sigterm()
 
     while step < total_steps and state["learning_rate_factor"] > MIN_LEARNING_RATE_FACTOR:
         epoch, within = divmod(step, steps_per_epoch)
         batch = trained[epoch_batches(len(trained), args.batch_size, args.seed, epoch)[within]]
         # One count over the global batch: neither micro-batches nor ranks change the objective.
         n_tokens, n_responses = int(rollouts.response_lens[batch].sum()), len(batch)
-        lengths = rollouts.lengths[batch].tolist()
-        rows = pack(lengths, args.micro_batch_tokens, ranks.world_size)[ranks.rank]
+        lengths, budget = rollouts.lengths[batch].tolist(), args.micro_batch_tokens
+        rows = pack(lengths, budget, ranks.world_size, policy.attention_cost)[ranks.rank]
         sums: dict[str, Tensor] = {}
-        for members in rows:
+        for i, members in enumerate(rows):
             row = make_row(rollouts, batch[members].tolist(), ranks.device)
             policy_logprobs, entropy, teacher_kl = forward_row(
                 policy, teacher, row, temperature, args.objective
             )
             mask = row.response_mask
-            behavior, base, target = (a[row.flat].to(ranks.device) * mask for a in arrays)
+            behavior, base, target = (to_device(a[row.flat], ranks.device) * mask for a in arrays)
             x = DistillInputs(policy_logprobs, behavior, base, target, mask, teacher_kl)
             loss_sum, metrics = loss_function(x, **vars(args))
             loss = loss_sum / n_tokens
@@ -391,26 +411,29 @@ def main(args: Args) -> None:
                 kl = kl_penalty(policy_logprobs - base, args.kl_direction)
                 kl_sum = (kl * mask).sum()
                 loss = loss + args.kl_coef * kl_sum / n_responses
+            sync_gradients(policy, i + 1 == len(rows), args.defer_gradient_sync)
             (loss * ranks.world_size).backward()  # FSDP averages over ranks; the objective is a sum
             metrics |= diagnostics(x, entropy)
             share = 1 / (len(rows) * ranks.world_size)  # so that the micro-batches' losses add up
             metrics["loss"] = torch.stack([loss.detach(), loss.new_tensor(share)])
             sums = {name: sums.get(name, 0) + value for name, value in metrics.items()}
 
+        grad_norm = clip_gradients(policy, args.max_grad_norm)
+        sums["grad_norm"] = torch.stack([grad_norm, torch.ones_like(grad_norm)])
+        sums["sigterm"] = torch.ones_like(sums["loss"]) * sigterm.is_set()  # on any rank
+        values = mean_metrics(sums, ranks)
         warmup = min(1.0, (step + 1) / max(1, args.warmup_steps))
         learning_rate = args.learning_rate * warmup * state["learning_rate_factor"]
-        grad_norm = optimizer_step(policy, optimizer, learning_rate, args.max_grad_norm)
-        step += 1
-        state["step"] = step
-        values = mean_metrics(sums, ranks) | {"grad_norm": grad_norm}
+        optimizer_step(optimizer, learning_rate, values, state, args.output)
+        state["step"] = step = step + 1
+        stop = values.pop("sigterm") > 0
         bar.update()
 
+        within_budget = args.kl_budget is None  # what was not measured may be past a budget
         if step % args.kl_every == 0 or step == total_steps:
-            spent = measure_kl_proxy(
-                policy, rollouts, held_out, base_logprobs, temperature, args, ranks
-            )
-            values["kl_proxy"] = spent
-            bar.set_postfix(kl_proxy=f"{spent:.3f}", refresh=False)
+            spent = values["kl_proxy"] = measure()[0]
+            skipped = {"skipped": state["skipped"]} if state["skipped"] else {}
+            bar.set_postfix(kl_proxy=f"{spent:.3f}", **skipped, refresh=False)
             budget = math.inf if args.kl_budget is None else args.kl_budget
             within_budget = math.isfinite(spent) and spent <= budget
             if not within_budget:
@@ -421,10 +444,14 @@ def main(args: Args) -> None:
                 state["learning_rate_factor"] /= 2
         done = {"step": step, "epoch": step / steps_per_epoch, "learning_rate": learning_rate}
         log.write(done | values)
-        if "kl_proxy" in values and (within_budget or args.kl_budget_action == "rollback"):
+        measured = "kl_proxy" in values
+        rolled_back = measured and not within_budget and args.kl_budget_action == "rollback"
+        if rolled_back or (within_budget and (measured or stop)):
             save_checkpoint(args.output, state, policy, optimizer, ranks)  # its line is logged
         if args.kl_budget_action == "stop" and state["learning_rate_factor"] < 1:
             break
+        if stop and step < total_steps:
+            exit_by_sigterm(step, ranks)
 
     bar.close()
     save_model(policy, tokenizer, args.output, ranks)

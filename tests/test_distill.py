@@ -341,7 +341,7 @@ def test_kl_proxy_is_the_mean_over_responses(policy, other_policy, rollouts, ran
         common.score(p.requires_grad_(False), rollouts, 1.0, 10**6, ranks, "")
         for p in (other_policy, policy)
     )
-    proxy = stage2_distill.measure_kl_proxy(policy, rollouts, held_out, base, 1.0, args, ranks)
+    proxy = stage2_distill.measure_kl_proxy(policy, rollouts, held_out, base, 1.0, args, ranks)[0]
     total, ids = 0.0, rollouts.sequence_ids
     for s in held_out.tolist():
         d = (student - base)[(ids == s) & rollouts.response_mask].double()

@@ -79,15 +79,15 @@ def make_problems(n_train: int, n_test: int, seed: int) -> tuple[list[dict], lis
 
 def make_model(args: Args, tokenizer: Any) -> Any:
     """A Qwen3 with random weights."""
-    from transformers import AttentionInterface, Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    AttentionInterface.register("packed", common.packed_attention)
+    common.register_attention()
     config = Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=args.hidden_size, num_hidden_layers=args.layers,
         intermediate_size=2 * args.hidden_size, num_attention_heads=4, num_key_value_heads=2,
         head_dim=args.hidden_size // 4, max_position_embeddings=512, tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-        attn_implementation="packed",
+        attn_implementation="packed_loop",
     )  # fmt: skip
     return Qwen3ForCausalLM(config)
 
@@ -125,7 +125,7 @@ def main(args: Args) -> None:
     torch.manual_seed(args.seed)
     rng = random.Random(f"solutions-{args.seed}")
     tokenizer = make_tokenizer()
-    policy = common.Policy(make_model(args, tokenizer))
+    policy = common.Policy(make_model(args, tokenizer)).to(ranks.device)
     optimizer = common.make_optimizer(policy, args.learning_rate, 0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.learning_rate, args.steps, pct_start=0.1, cycle_momentum=False

@@ -45,10 +45,8 @@ def stage1_args(output: Path, **changes: Any) -> stage1_extreme.Args:
     folder = tiny.setting()
     settings = {"epochs": 10, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 2,
                 "checkpoint_every": 3, "save_at": (0.5, 10.0), "micro_batch_tokens": 256,
-    }  # fmt: skip
-    return stage1_extreme.Args(
-        base=str(folder / "base"), rollouts=folder / "rollouts", output=output, **settings | changes
-    )
+                "rollouts": folder / "rollouts"}  # fmt: skip
+    return stage1_extreme.Args(base=str(folder / "base"), output=output, **settings | changes)
 
 
 def stage2_args(output: Path, signals: Path, **changes: Any) -> stage2_distill.Args:

@@ -1156,6 +1156,16 @@ def load_checkpoint(
     return state
 
 
+def remove_checkpoint(output: Path, ranks: Ranks) -> None:
+    """Of a run whose final model is written: three times the weights that nobody will read."""
+    if ranks.rank == 0:
+        (output / "checkpoints" / "last.json").unlink(missing_ok=True)
+        for folder in [*output.glob("checkpoints/resume-*"), *output.glob("checkpoints/.resume-*")]:
+            shutil.rmtree(folder)
+        with contextlib.suppress(OSError):  # it holds the models of --save-at
+            (output / "checkpoints").rmdir()
+
+
 def _checkpoint_contents(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict import get_state_dict
 

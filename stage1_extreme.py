@@ -45,8 +45,8 @@ from common import (  # isort: skip
     check_sampling, check_vocabulary, clip_gradients, epoch_batches, exit_by_sigterm, fingerprint,
     kl_penalty, load_checkpoint, load_policy, load_rollouts, load_tensors, load_tokenizer,
     make_optimizer, make_row, mean_metrics, model_folder, noise_sums, optimizer_step, pack,
-    progress, require, row_logprobs, run, safe_exp, save_checkpoint, save_model, save_tensors,
-    score, sequence_sum, setup_ranks, start_run, sync_gradients, to_device,
+    progress, remove_checkpoint, require, row_logprobs, run, safe_exp, save_checkpoint, save_model,
+    save_tensors, score, sequence_sum, setup_ranks, start_run, sync_gradients, to_device,
 )  # fmt: skip
 
 
@@ -437,6 +437,7 @@ def main(args: Args) -> None:
 
     bar.close()
     save_model(policy, tokenizer, args.output, ranks)
+    remove_checkpoint(args.output, ranks)
 
 
 if __name__ == "__main__":

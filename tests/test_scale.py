@@ -320,8 +320,7 @@ def test_a_run_cut_while_it_saves_goes_on_from_the_last_good(
     (folder / "resume-9999999").mkdir()  # foreign, or half a copy: not trusted
     stage1_extreme.main(args)
     assert_same_files(uninterrupted, args.output, RUN)
-    assert sorted(p.name for p in folder.iterdir()) == ["epoch-003.000", "last.json",
-                                                        "resume-0000012"]  # fmt: skip
+    assert [p.name for p in folder.iterdir()] == ["epoch-003.000"]  # complete: no way back needed
 
 
 def fail_after(n: int, real: Callable[..., Any]) -> Callable[..., Any]:

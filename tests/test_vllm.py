@@ -23,6 +23,7 @@ import vllm  # noqa: F401  (where it is missing this must fail, not skip)
 
 import common
 import evaluate
+import stage1_extreme
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT, N, SECOND_EOS = 24, 200, 5
@@ -59,11 +60,8 @@ def folder(tmp_path_factory):
 
 
 def command(folder, output, **changed):
-    given = dict(engine="vllm", n=N, max_new_tokens=LIMIT) | changed
-    return evaluate.Args(
-        model=str(folder / "model"), problems=folder / "problems.jsonl", output=folder / output,
-        **given,
-    )  # fmt: skip
+    given = dict(model=str(folder / "model"), engine="vllm", n=N, max_new_tokens=LIMIT) | changed
+    return evaluate.Args(problems=folder / "problems.jsonl", output=folder / output, **given)
 
 
 def start(args):
@@ -112,13 +110,23 @@ def sampled(folder):
     return run(command(folder, "sampled", temperature=0.8))
 
 
-def test_greedy_token_ids_equal_those_of_hf(folder):
-    ours = run(command(folder, "greedy-vllm", temperature=0.0, n=1))
-    evaluate.main(command(folder, "greedy-hf", temperature=0.0, n=1, engine="hf"))
+def test_greedy_token_ids_of_a_trained_model_equal_those_of_hf(folder, sampled):
+    """The final model of stage 1 as it is written: vLLM loads it, and computes what hf does."""
+    teacher = folder / "teacher"
+    stage1_extreme.main(stage1_extreme.Args(
+        base=str(folder / "model"), rollouts=folder / "sampled", output=teacher, unlearn=True,
+        epochs=1, batch_size=N, learning_rate=1e-2, warmup_steps=0,
+    ))  # fmt: skip
+    greedy = {"model": str(teacher), "temperature": 0.0, "n": 1}
+    ours = run(command(folder, "greedy-vllm", **greedy))
+    evaluate.main(command(folder, "greedy-hf", engine="hf", **greedy))
     theirs = common.load_rollouts(folder / "greedy-hf")
     for name in ("tokens", "cu_seqlens", "prompt_lens", "problem_index", "truncated"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     assert torch.allclose(ours.sampler_logprobs, theirs.sampler_logprobs, atol=1e-4)
+    untrained = our_logprobs(folder, theirs, 1.0)[theirs.response_mask]
+    moved = (theirs.sampler_logprobs[theirs.response_mask] - untrained).abs().max()
+    assert moved > 0.1  # it is not the base that was loaded
 
 
 def test_logprobs_are_those_of_our_own_forward(folder, sampled):

@@ -17,9 +17,9 @@ base, token by token: the verdict on a whole response has become a verdict on ea
 
 Reads   --base (a model folder), --rollouts (a folder of evaluate.py).
 Writes  OUTPUT/ the teacher as a Hugging Face folder, args.json, metrics.jsonl (docs/stage1.md names
-        every key), behavior_logprobs.safetensors, checkpoints/epoch-000.500 ... (loadable models,
-        --save-at), and while it runs checkpoints/resume-STEP: the same command continues there and
-        ends with the same bits on the CPU.
+        every key), checkpoints/behavior_logprobs.safetensors, checkpoints/epoch-000.500 ...
+        (loadable models, --save-at), and while it runs checkpoints/resume-STEP: the same command
+        continues there and ends with the same bits on the CPU.
 
 What is not known of the paper (2605.25582): its coefficients, the target of its MSE loss, its
 learning rates. A default comes from the source that its help text names, or is ours; what the
@@ -326,7 +326,8 @@ def score_behavior(
     """Log-probs of the base by the training forward -> [N]; kept in the run folder for a restart.
 
     The gap to the sampler's own numbers is the noise floor of every ratio; it is printed."""
-    path = args.output / "behavior_logprobs.safetensors"
+    # Not beside the model: vLLM takes every safetensors file of a folder for weights.
+    path = args.output / "checkpoints" / "behavior_logprobs.safetensors"
     if path.is_file():
         return load_tensors(path, {"behavior_logprobs": torch.float32})[0]["behavior_logprobs"]
     logprobs = score(base, rollouts, temperature, args.micro_batch_tokens, ranks, "score the base")

@@ -162,6 +162,8 @@ def test_models_load_in_transformers(done: Path, run: str) -> None:
     prompt = tokenizer.apply_chat_template(message, return_tensors="pt", return_dict=True)
     assert lm.generate(**prompt, max_new_tokens=4, do_sample=False).shape[1] > 7
     assert lm.dtype == torch.float32
+    # vLLM takes every safetensors file of a folder for weights.
+    assert [path.name for path in (done / run).glob("*.safetensors")] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("run", ["samples", "teacher", "student"])
@@ -186,7 +188,8 @@ def assert_same_files(one: Path, other: Path, names: list[str]) -> None:
 
 SAMPLES = ["rollouts.safetensors", "samples.jsonl", "problems.jsonl", "metrics.json"]
 RUN = ["model.safetensors", "config.json", "metrics.jsonl"]
-TEACHER = [*RUN, "behavior_logprobs.safetensors", "checkpoints/epoch-000.500/model.safetensors"]
+TEACHER = [*RUN, "checkpoints/behavior_logprobs.safetensors",
+           "checkpoints/epoch-000.500/model.safetensors"]  # fmt: skip
 
 
 def test_signals_again_are_the_same_bytes(done: Path, tmp_path: Path) -> None:

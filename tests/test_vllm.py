@@ -77,7 +77,7 @@ def finish(process, log):
     process.wait()
     log.seek(0)
     printed = log.read()
-    assert process.returncode == 0, printed[-6000:]
+    assert process.returncode == 0, printed[-20000:]
     return printed
 
 

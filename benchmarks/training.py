@@ -29,6 +29,7 @@ the smallest:
     one      packing, one row of all tokens
     longest  packing, rows as long as the longest sequence, accumulated
     single   no packing: one sequence at a time, accumulated; no padding and no mask
+Our rows have at most as many tokens as those of `longest`.
 
     bash tests/trl.sh --collect-only                            # sets the environment up
     .venv-trl/bin/python benchmarks/training.py
@@ -282,11 +283,11 @@ def measure_trl(shape: Shape, rounds: int, folder: Path) -> list[Row]:
         raise common.UserError("--part trl: TRL is not installed here; run tests/trl.sh and use "
                                "its environment, or leave the part out") from None  # fmt: skip
     make_setting(folder, shape)
-    common_arguments = {"folder": str(folder), "steps": 1}
+    both = {"folder": str(folder), "steps": 1}
     settings = ("one", "longest", "single")
     results = in_turns(rounds, {
-        "ours": lambda: side("ours", budget=shape.tokens, **common_arguments),
-        **{rows: lambda rows=rows: side("trl", rows=rows, **common_arguments) for rows in settings},
+        "ours": lambda: side("ours", budget=shape.longest, **both),
+        **{rows: lambda rows=rows: side("trl", rows=rows, **both) for rows in settings},
     })  # fmt: skip
     ours = results["ours"]
     fastest = min(settings, key=lambda rows: statistics.median(seconds(results[rows])))

@@ -95,7 +95,9 @@ def test_without_trl_the_part_is_an_error(tmp_path):
 
 def test_model_flops_are_those_of_the_products(tmp_path):
     """torch counts what a plain forward and backward of the same sequences really multiplies."""
-    shape = dataclasses.replace(training.SHAPES["peak"].tiny(), tokens=96, longest=64)
+    shape = dataclasses.replace(
+        training.SHAPES["peak"].tiny(), vocabulary=64, tokens=512, longest=384
+    )
     rollouts = training.make_setting(tmp_path, shape)
     config = training.model_config(shape)
     config._attn_implementation = "eager"  # products that are seen, the causal half not left out

@@ -14,8 +14,10 @@ import common
 
 torch.set_num_threads(1)
 
-# tests/vllm.sh runs it, in an environment that has vLLM.
-collect_ignore = [] if importlib.util.find_spec("vllm") else ["test_vllm.py"]
+# tests/vllm.sh and tests/trl.sh run them, in environments that have vLLM and TRL.
+collect_ignore = [
+    f"test_{name}.py" for name in ("vllm", "trl") if importlib.util.find_spec(name) is None
+]
 
 
 def make_tiny(seed: int, spread: float = 0.3) -> Any:

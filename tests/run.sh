@@ -7,4 +7,4 @@ source tests/setup.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m pytest "$@"
-echo "tests/test_vllm.py runs where vLLM is: bash tests/vllm.sh"
+echo "tests/test_vllm.py runs where vLLM is: bash tests/vllm.sh; tests with TRL: bash tests/trl.sh"

@@ -158,6 +158,7 @@ class LossInputs:
     advantages: Tensor  # [S] float32
     soft_values: Tensor  # [S] float32, V* of the problem
     group_means: Tensor  # [S] float32, pass rate of the problem
+    entropy: Tensor  # [T] float32, of the policy, no gradient; zero on prompts
 
     @property
     def log_ratio(self) -> Tensor:
@@ -396,6 +397,7 @@ def main(args: Args) -> None:
                 policy_logprobs, behavior * row.response_mask, row.response_mask, row.sequence_ids,
                 *(to_device(v[at], ranks.device) for v in
                   (rewards, advantages, soft_values, group_means)),
+                entropy,
             )  # fmt: skip
             loss_sum, metrics = loss_function(x, **vars(args))
             loss = loss_sum / counts[unit] * bool(members)  # a rank without work adds nothing

@@ -384,6 +384,7 @@ def main(args: Args) -> None:
             "responses": len(batch),
             "tokens": int(tokens.sum()),
             "positive_tokens": max(1, int((tokens * rewards[batch]).sum())),
+            "negative_tokens": max(1, int((tokens * (1 - rewards[batch])).sum())),
         }
         lengths, budget = rollouts.lengths[batch].tolist(), args.micro_batch_tokens
         rows = pack(lengths, budget, ranks.world_size, policy.attention_cost)[ranks.rank]

@@ -248,6 +248,8 @@ def sft_loss(x: LossInputs, **_: Any) -> LossOutput:
 
 
 # objective -> (function, what the loop divides its sum by, counted over the whole global batch)
+# A function also gets `previous`, the metrics of the step before ({} at the first): its one view of
+# a whole global batch, the same whatever the micro-batches and ranks, and kept in checkpoints.
 LOSSES: dict[str, tuple[Callable[..., LossOutput], str]] = {
     "ce": (ce_loss, "responses"),
     "mse": (mse_loss, "responses"),
@@ -400,7 +402,7 @@ def main(args: Args) -> None:
                   (rewards, advantages, soft_values, group_means)),
                 entropy,
             )  # fmt: skip
-            loss_sum, metrics = loss_function(x, **vars(args))
+            loss_sum, metrics = loss_function(x, previous=state.get("metrics", {}), **vars(args))
             loss = loss_sum / counts[unit] * bool(members)  # a rank without work adds nothing
             if args.kl_coef:
                 kl_sum = (kl_penalty(x.log_ratio, args.kl_direction) * x.response_mask).sum()
@@ -421,6 +423,7 @@ def main(args: Args) -> None:
         optimizer_step(optimizer, learning_rate, values, state, args.output)
         state["step"] = step = step + 1
         stop = values.pop("sigterm") > 0
+        state["metrics"] = values
         done = {"step": step, "epoch": step / steps_per_epoch, "learning_rate": learning_rate}
         log.write(done | values)
         correct, wrong = values["log_ratio_correct"], values["log_ratio_wrong"]

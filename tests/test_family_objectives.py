@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import typing
 from pathlib import Path
 
@@ -753,3 +754,15 @@ def test_everything_is_tested_here():
     assert set(loss) == set(stage1.LOSSES)
     flags = {f.name for f in dataclasses.fields(stage1.Args)}
     assert set().union(*CHANGES.values()) <= flags
+
+
+def test_every_metric_is_documented():
+    page = (Path(__file__).resolve().parents[1] / "docs" / "family.md").read_text()
+    section = page.split("### Metrics of the objectives\n", 1)[1].split("\n#", 1)[0]
+    heads = re.findall(r"^- (`[^`]+`(?:(?:, | to )`[^`]+`)*)", section, re.MULTILINE)
+    written = {key for head in heads for key in re.findall(r"`([^`]+)`", head)}
+    found = {key for name in OBJECTIVES for key in call(name, mixed_inputs())[2]}
+    assert {"bapo_balance_00", "bapo_balance_20"} <= written
+    assert written == found - {n for n in objectives.BAPO_SEARCH if n not in written}
+    rows = {row.split("`")[1] for row in page.splitlines() if row.startswith("| `")}
+    assert set(OBJECTIVES) <= rows

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 import typing
 from pathlib import Path
 
@@ -253,6 +256,10 @@ def test_vespo_dies_some_nats_away():
     for total in (-5.0, 2.5):
         for advantage in (1.0, -1.0):
             assert abs(slopes("vespo", inputs([[total]], [1.0], [advantage]))[0]) < 1e-3
+    # W is held at 1e-8, and A = 0 has the weight of A > 0, as in the sources.
+    gone = slopes("vespo", inputs([[-100.0]], [1.0], [1.0]))
+    assert gone == pytest.approx([-math.exp(3) * 1e-16], rel=1e-6)
+    assert call("vespo", one(2, 0))[2]["weight"][0].item() == pytest.approx(0.1991, abs=6e-5)
 
 
 def test_one_class_alone():
@@ -725,6 +732,28 @@ def test_bapo_resumes_with_the_same_bits(tmp_path, family_losses, monkeypatch):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
     highs = {row["bapo_high"] for row in rows(tmp_path / "whole")}
     assert len(highs) > 1  # they did move
+
+
+def test_two_ranks_are_one(tmp_path, family_losses):
+    """torchrun, with the objective that looks at a whole batch; to float32 accuracy."""
+    flags = {"loss": "bapo", "epochs": 2}
+    stage1.main(run_args(tmp_path / "one", **flags))
+    args = run_args(tmp_path / "two", **flags)
+    script = Path(stage1.__file__)
+    words = [w for f in ("base", "rollouts", "output", "loss", "epochs", "batch_size", "save_at",
+                         "learning_rate", "warmup_steps", "micro_batch_tokens")
+             for w in (f"--{f.replace('_', '-')}", str(getattr(args, f)).strip("(),"))]  # fmt: skip
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--"]
+    done = subprocess.run(
+        [sys.executable, *launch, str(script), *words], capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert len(one) == len(two) == 4
+    for a, b in zip(one, two, strict=True):
+        assert b == pytest.approx(a, rel=2e-3, abs=2e-4)
+    assert one[-1]["bapo_high"] > 1.2
 
 
 @pytest.mark.parametrize(

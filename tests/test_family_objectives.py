@@ -686,6 +686,8 @@ def test_run(name, tmp_path, family_losses):
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in found)
     assert (tmp_path / "run" / "config.json").is_file()
     first, last = found[0], found[-1]
+    if name in ("psr", "nsr"):  # each token's share of its class is 1 at the start
+        assert first["loss"] == pytest.approx({"psr": -1, "nsr": 1}[name], rel=1e-4)
     if name in ("nsr", "weighted_reinforce"):
         assert last["log_ratio_wrong"] < -1
     elif name == "gspo":
@@ -696,8 +698,12 @@ def test_run(name, tmp_path, family_losses):
 
 def test_run_with_all_options(tmp_path, family_losses):
     stage1.main(run_args(tmp_path / "plain", loss="cispo"))
+    few = {"epochs": 1, "save_at": (1.0,)}
+    stage1.main(run_args(tmp_path / "masked", loss="cispo", mask_entropy=0.5, **few))
     stage1.main(run_args(tmp_path / "run", loss="cispo", **CHANGES["all"]))
-    plain, changed = rows(tmp_path / "plain"), rows(tmp_path / "run")
+    plain, masked, changed = (rows(tmp_path / name) for name in ("plain", "masked", "run"))
+    assert masked[0]["grad_norm"] != plain[0]["grad_norm"]  # the loop passes entropies on
+    assert masked[0]["entropy"] == plain[0]["entropy"]
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in changed)
     assert changed[0]["grad_norm"] < plain[0]["grad_norm"]
 

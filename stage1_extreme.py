@@ -158,6 +158,7 @@ class LossInputs:
     advantages: Tensor  # [S] float32
     soft_values: Tensor  # [S] float32, V* of the problem
     group_means: Tensor  # [S] float32, pass rate of the problem
+    entropy: Tensor  # [T] float32, of the policy, no gradient; zero on prompts
 
     @property
     def log_ratio(self) -> Tensor:
@@ -247,6 +248,8 @@ def sft_loss(x: LossInputs, **_: Any) -> LossOutput:
 
 
 # objective -> (function, what the loop divides its sum by, counted over the whole global batch)
+# A function also gets `previous`, the metrics of the step before ({} at the first): its one view of
+# a whole global batch, the same whatever the micro-batches and ranks, and kept in checkpoints.
 LOSSES: dict[str, tuple[Callable[..., LossOutput], str]] = {
     "ce": (ce_loss, "responses"),
     "mse": (mse_loss, "responses"),
@@ -384,6 +387,7 @@ def main(args: Args) -> None:
             "responses": len(batch),
             "tokens": int(tokens.sum()),
             "positive_tokens": max(1, int((tokens * rewards[batch]).sum())),
+            "negative_tokens": max(1, int((tokens * (1 - rewards[batch])).sum())),
         }
         lengths, budget = rollouts.lengths[batch].tolist(), args.micro_batch_tokens
         rows = pack(lengths, budget, ranks.world_size, policy.attention_cost)[ranks.rank]
@@ -397,8 +401,9 @@ def main(args: Args) -> None:
                 policy_logprobs, behavior * row.response_mask, row.response_mask, row.sequence_ids,
                 *(to_device(v[at], ranks.device) for v in
                   (rewards, advantages, soft_values, group_means)),
+                entropy,
             )  # fmt: skip
-            loss_sum, metrics = loss_function(x, **vars(args))
+            loss_sum, metrics = loss_function(x, previous=state.get("metrics", {}), **vars(args))
             loss = loss_sum / counts[unit] * bool(members)  # a rank without work adds nothing
             if args.kl_coef:
                 kl_sum = (kl_penalty(x.log_ratio, args.kl_direction) * x.response_mask).sum()
@@ -419,6 +424,7 @@ def main(args: Args) -> None:
         optimizer_step(optimizer, learning_rate, values, state, args.output)
         state["step"] = step = step + 1
         stop = values.pop("sigterm") > 0
+        state["metrics"] = values
         done = {"step": step, "epoch": step / steps_per_epoch, "learning_rate": learning_rate}
         log.write(done | values)
         correct, wrong = values["log_ratio_correct"], values["log_ratio_wrong"]

@@ -98,7 +98,10 @@ def script_flags(script: Path) -> set[str] | None:
     for node in ast.parse(script.read_text()).body:
         if isinstance(node, ast.ClassDef) and node.name == "Args":
             fields = [item.target.id for item in node.body if isinstance(item, ast.AnnAssign)]
-            return {"--" + name.replace("_", "-") for name in fields}
+            flags = {"--" + name.replace("_", "-") for name in fields}
+            for base in node.bases:  # a fork: class Args(stage1_extreme.Args)
+                flags |= script_flags(ROOT / f"{base.value.id}.py")
+            return flags
     return None
 
 

@@ -308,9 +308,10 @@ def test_micro_batches_do_not_change_stage_1(variant, policy, other_policy, roll
         for members in rows:
             row = make_row(rollouts, members, CPU)
             per_response = (v[row.sequences] for v in (rewards, advantages, soft_values, means))
+            logprobs, entropy = row_logprobs(policy, row, 1.0)
             x = stage1_extreme.LossInputs(
-                row_logprobs(policy, row, 1.0)[0], behavior[row.flat], row.response_mask,
-                row.sequence_ids, *per_response,
+                logprobs, behavior[row.flat], row.response_mask, row.sequence_ids, *per_response,
+                entropy,
             )  # fmt: skip
             kl = (common.kl_penalty(x.log_ratio, "forward") * row.response_mask).sum()
             yield function(x, **vars(args))[0] / count[unit] + 0.01 * kl / count["responses"]

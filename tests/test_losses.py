@@ -45,7 +45,7 @@ def inputs(log_ratios, rewards, advantages=None, prompt=1, means=0.25, soft_valu
     return LossInputs(
         double(policy).requires_grad_(), double(behavior), torch.tensor(mask), torch.tensor(ids),
         double(rewards), double(advantages or [0.0] * n), double([soft_values] * n),
-        double([means] * n),
+        double([means] * n), torch.zeros(len(mask)).double(),
     )  # fmt: skip
 
 
@@ -289,12 +289,14 @@ def test_prompt_tokens_of_a_model_get_exactly_zero_gradient(variant, policy, rol
     """Whatever an objective's gradient at a prompt token, the model sees none of it."""
     name, changes = VARIANTS[variant]
     row = common.make_row(rollouts, [0, 8, 9], torch.device("cpu"))
-    logprobs = common.row_logprobs(policy, row, 1.0)[0]
+    logprobs, entropy = common.row_logprobs(policy, row, 1.0)
     logprobs.retain_grad()
     assert (logprobs[~row.response_mask] == 0).all()
     behavior = (logprobs.detach() - 0.1) * row.response_mask
     verdicts = [torch.tensor(v) for v in ([1.0, 0, 1], [1.0, -1, 0.5], [0.3] * 3, [0.5] * 3)]
-    x = LossInputs(logprobs, behavior, row.response_mask, row.sequence_ids, *verdicts)
+    x = LossInputs(
+        logprobs, behavior, row.response_mask, row.sequence_ids, *verdicts, entropy
+    )  # fmt: skip
     loss, _ = call(name, x, **changes)
     loss.backward()
     grads = [p.grad.clone() for p in policy.parameters()]
@@ -406,9 +408,10 @@ def test_a_rank_without_work_adds_no_gradient(variant, policy, rollouts):
     name, changes = VARIANTS[variant]
     row = common.make_row(rollouts, [], torch.device("cpu"))
     behavior = torch.full((len(rollouts.tokens),), -0.7) * rollouts.response_mask
+    logprobs, entropy = common.row_logprobs(policy, row, 1.0)
     x = LossInputs(
-        common.row_logprobs(policy, row, 1.0)[0], behavior[row.flat], row.response_mask,
-        row.sequence_ids, *(torch.ones(1) for _ in range(4)),
+        logprobs, behavior[row.flat], row.response_mask, row.sequence_ids,
+        *(torch.ones(1) for _ in range(4)), entropy,
     )  # fmt: skip
     call(name, x, **changes)[0].backward()
     assert all((p.grad == 0).all() for p in policy.parameters())

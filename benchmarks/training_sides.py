@@ -75,7 +75,7 @@ def ours(folder: str, steps: int, budget: int, probe: bool = False, rescore: int
         batch_size=n, micro_batch_tokens=budget, warmup_steps=0,
     )  # fmt: skip
     if rescore:
-        (args.output / "behavior_logprobs.safetensors").unlink(missing_ok=True)
+        (args.output / "checkpoints" / "behavior_logprobs.safetensors").unlink(missing_ok=True)
     meter, products, calls = Meter(), [], []
     own_write, own_score = common.MetricsLog.write, stage1_extreme.score
 

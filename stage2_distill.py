@@ -129,7 +129,7 @@ class Args:
 
     def check(self) -> None:
         """Raises UserError on impossible combinations."""
-        clones = self.objective in ("forward_kl", "reverse_kl")
+        clones = self.objective in CLONES
         if clones and not self.teacher:
             raise UserError(f"--objective {self.objective} clones a policy over the whole "
                             "vocabulary; name it with --teacher")  # fmt: skip
@@ -221,8 +221,21 @@ def pg_loss(
 
 
 def clone_loss(x: DistillInputs, **_: Any) -> LossOutput:
-    """Sum of the whole-vocabulary divergence; its direction was chosen in the forward."""
+    """Sum of the divergence that CLONES names; the forward has computed it."""
     return x.teacher_kl.sum(), {}
+
+
+Head = tuple[Tensor, Tensor]  # hidden [R, D] and weight [V, D]: logits are their product
+
+
+def forward_kl(teacher: Head, student: Head, temperature: float, **_: Any) -> Tensor:
+    """KL(teacher || student) at R positions -> [R]."""
+    return chunked_kl(*teacher, *student, temperature)
+
+
+def reverse_kl(teacher: Head, student: Head, temperature: float, **_: Any) -> Tensor:
+    """KL(student || teacher) at R positions -> [R]."""
+    return chunked_kl(*student, *teacher, temperature)
 
 
 # Each is divided by the response tokens of the global batch.
@@ -274,6 +287,19 @@ def load_signals(args: Args, rollouts: Rollouts) -> tuple[Tensor, ...]:
     return tuple(tensors[name] for name in ARRAYS)
 
 
+def load_teacher(args: Args, rollouts: Rollouts, ranks: Ranks) -> Policy:
+    """The policy to clone, beside the student."""
+    check_vocabulary([args.base, args.teacher], rollouts)
+    return load_policy(args.teacher, ranks, train=False)
+
+
+# objective -> (loader of what is cloned, its divergence from the student)
+CLONES: dict[str, tuple[Callable[..., Any], Callable[..., Tensor]]] = {
+    "forward_kl": (load_teacher, forward_kl),
+    "reverse_kl": (load_teacher, reverse_kl),
+}
+
+
 def print_targets(
     args: Args, signal: Tensor, target: Tensor, rollouts: Rollouts, ranks: Ranks
 ) -> None:
@@ -323,19 +349,18 @@ def measure_kl_proxy(
 
 
 def forward_row(
-    policy: Policy, teacher: Policy | None, row: Row, temperature: float, objective: str
-) -> tuple[Tensor, Tensor, Tensor]:
+    policy: Policy, cloned: Callable[..., Any] | None, row: Row, temperature: float,
+    objective: str, **settings: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Student log-probs, entropy, divergence from the teacher (zero without one): three [T]."""
-    if teacher is None:
+    if cloned is None:
         logprobs, entropy = row_logprobs(policy, row, temperature)
         return logprobs, entropy, torch.zeros_like(entropy)
     with torch.no_grad():
-        teacher_hidden, teacher_weight = teacher(row, lambda hidden, weight: (hidden, weight))
+        given = cloned(row, lambda hidden, weight: (hidden, weight))
 
     def divergence(hidden: Tensor, weight: Tensor) -> Tensor:
-        pair = (teacher_hidden, teacher_weight), (hidden, weight)
-        (p, p_weight), (q, q_weight) = pair if objective == "forward_kl" else pair[::-1]
-        return chunked_kl(p, p_weight, q, q_weight, temperature)
+        return CLONES[objective][1](given, (hidden, weight), temperature, **settings)
 
     return row_logprobs(policy, row, temperature, divergence)
 
@@ -355,9 +380,10 @@ def main(args: Args) -> None:
         behavior_logprobs, base_logprobs, signal = load_signals(args, rollouts)
         inputs["signals"] = fingerprint(args.signals)
     else:
-        inputs["teacher"] = fingerprint(model_folder(args.teacher))
-        teacher = load_policy(args.teacher, ranks, train=False)
-    check_vocabulary([args.base] + [args.teacher] * bool(args.teacher), rollouts)
+        path = Path(args.teacher)
+        inputs["teacher"] = fingerprint(path if path.is_file() else model_folder(args.teacher))
+        teacher = CLONES[args.objective][0](args, rollouts, ranks)
+    check_vocabulary([args.base], rollouts)
     trained, held_out = split_problems(rollouts, args.kl_holdout, args.seed)
     tokenizer = load_tokenizer(args.base)
     policy = load_policy(args.base, ranks, train=True, **vars(args))
@@ -400,7 +426,7 @@ def main(args: Args) -> None:
         for i, members in enumerate(rows):
             row = make_row(rollouts, batch[members].tolist(), ranks.device)
             policy_logprobs, entropy, teacher_kl = forward_row(
-                policy, teacher, row, temperature, args.objective
+                policy, teacher, row, temperature, **vars(args)
             )
             mask = row.response_mask
             behavior, base, target = (to_device(a[row.flat], ranks.device) * mask for a in arrays)

@@ -245,6 +245,8 @@ OBJECTIVES: dict[str, Callable[..., LossOutput]] = {
     "forward_kl": clone_loss,
     "reverse_kl": clone_loss,
 }
+# objective -> loader of more arrays, {keyword of the objective: [N]}; the signals are in any case
+MORE_ARRAYS: dict[str, Callable[..., dict[str, Tensor]]] = {}
 
 
 @torch.no_grad()
@@ -395,6 +397,8 @@ def main(args: Args) -> None:
         behavior_logprobs, signal = base_logprobs, torch.zeros_like(base_logprobs)
     target = bounded_target(signal, base_logprobs, **vars(args))
     arrays = (behavior_logprobs, base_logprobs, target)
+    load_more = MORE_ARRAYS.get(args.objective, lambda *_: {})
+    more_arrays = load_more(args, rollouts)
     if args.signals:
         print_targets(args, signal, target, rollouts, ranks)
 
@@ -431,7 +435,8 @@ def main(args: Args) -> None:
             mask = row.response_mask
             behavior, base, target = (to_device(a[row.flat], ranks.device) * mask for a in arrays)
             x = DistillInputs(policy_logprobs, behavior, base, target, mask, teacher_kl)
-            loss_sum, metrics = loss_function(x, **vars(args))
+            more = {name: a[row.flat].to(ranks.device) for name, a in more_arrays.items()}
+            loss_sum, metrics = loss_function(x, **vars(args), **more)
             loss = loss_sum / n_tokens
             if args.kl_coef:
                 kl = kl_penalty(policy_logprobs - base, args.kl_direction)

@@ -245,6 +245,10 @@ OBJECTIVES: dict[str, Callable[..., LossOutput]] = {
     "forward_kl": clone_loss,
     "reverse_kl": clone_loss,
 }
+# Called with (args, state, KL proxy) after each measurement; may change state["kl_coef"], which a
+# resumed run finds again; what it returns is logged.
+AFTER_MEASUREMENT: list[Callable[..., dict[str, float]]] = []
+
 # objective -> loader of more arrays, {keyword of the objective: [N]}; the signals are in any case
 MORE_ARRAYS: dict[str, Callable[..., dict[str, Tensor]]] = {}
 
@@ -409,7 +413,7 @@ def main(args: Args) -> None:
     )
     if not state:
         check_noise(measure()[1], "student minus base log-probs", args.max_noise, ranks)
-        state = {"step": 0, "learning_rate_factor": 1.0}
+        state = {"step": 0, "learning_rate_factor": 1.0, "kl_coef": args.kl_coef}
         save_checkpoint(args.output, state, policy, optimizer, ranks)  # the base: in any budget
     step = state["step"]
     log = MetricsLog(args.output, step, ranks)
@@ -438,10 +442,10 @@ def main(args: Args) -> None:
             more = {name: a[row.flat].to(ranks.device) for name, a in more_arrays.items()}
             loss_sum, metrics = loss_function(x, **vars(args), **more)
             loss = loss_sum / n_tokens
-            if args.kl_coef:
+            if state["kl_coef"]:
                 kl = kl_penalty(policy_logprobs - base, args.kl_direction)
                 kl_sum = (kl * mask).sum()
-                loss = loss + args.kl_coef * kl_sum / n_responses
+                loss = loss + state["kl_coef"] * kl_sum / n_responses
             sync_gradients(policy, i + 1 == len(rows), args.defer_gradient_sync)
             (loss * ranks.world_size).backward()  # FSDP averages over ranks; the objective is a sum
             metrics |= diagnostics(x, entropy)
@@ -463,6 +467,8 @@ def main(args: Args) -> None:
         within_budget = args.kl_budget is None  # what was not measured may be past a budget
         if step % args.kl_every == 0 or step == total_steps:
             spent = values["kl_proxy"] = measure()[0]
+            for change in AFTER_MEASUREMENT:
+                values |= change(args, state, spent)
             skipped = {"skipped": state["skipped"]} if state["skipped"] else {}
             bar.set_postfix(kl_proxy=f"{spent:.3f}", **skipped, refresh=False)
             budget = math.inf if args.kl_budget is None else args.kl_budget

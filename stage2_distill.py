@@ -39,6 +39,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -249,6 +250,10 @@ OBJECTIVES: dict[str, Callable[..., LossOutput]] = {
 # resumed run finds again; what it returns is logged.
 AFTER_MEASUREMENT: list[Callable[..., dict[str, float]]] = []
 
+# At an epoch's start, and where a run is resumed: (args, epoch, base_logprobs, score_now, ranks) ->
+# log-probs [N] in place of the base's in targets, losses and penalty. Empty: the base itself.
+EPOCH_ANCHOR: list[Callable[..., Tensor]] = []
+
 # objective -> loader of more arrays, {keyword of the objective: [N]}; the signals are in any case
 MORE_ARRAYS: dict[str, Callable[..., dict[str, Tensor]]] = {}
 
@@ -420,11 +425,17 @@ def main(args: Args) -> None:
     steps_per_epoch = -(-len(trained) // args.batch_size)
     total_steps = args.epochs * steps_per_epoch
     loss_function = OBJECTIVES[args.objective]
+    first_step = step
     bar = progress(ranks, total_steps, step, f"stage 2 {args.objective}")
     sigterm = catch_sigterm()
 
     while step < total_steps and state["learning_rate_factor"] > MIN_LEARNING_RATE_FACTOR:
         epoch, within = divmod(step, steps_per_epoch)
+        for anchor_of in EPOCH_ANCHOR if within == 0 or step == first_step else ():
+            row_budget = args.micro_batch_tokens
+            score_now = partial(score, policy, rollouts, temperature, row_budget, ranks, "anchor")
+            anchor = anchor_of(args, epoch, base_logprobs, score_now, ranks)
+            arrays = (behavior_logprobs, anchor, bounded_target(signal, anchor, **vars(args)))
         batch = trained[epoch_batches(len(trained), args.batch_size, args.seed, epoch)[within]]
         # One count over the global batch: neither micro-batches nor ranks change the objective.
         n_tokens, n_responses = int(rollouts.response_lens[batch].sum()), len(batch)

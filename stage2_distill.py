@@ -229,12 +229,12 @@ def clone_loss(x: DistillInputs, **_: Any) -> LossOutput:
 Head = tuple[Tensor, Tensor]  # hidden [R, D] and weight [V, D]: logits are their product
 
 
-def forward_kl(teacher: Head, student: Head, temperature: float, **_: Any) -> Tensor:
+def forward_kl(teacher: Head, student: Head, temperature: float, /, **_: Any) -> Tensor:
     """KL(teacher || student) at R positions -> [R]."""
     return chunked_kl(*teacher, *student, temperature)
 
 
-def reverse_kl(teacher: Head, student: Head, temperature: float, **_: Any) -> Tensor:
+def reverse_kl(teacher: Head, student: Head, temperature: float, /, **_: Any) -> Tensor:
     """KL(student || teacher) at R positions -> [R]."""
     return chunked_kl(*student, *teacher, temperature)
 
@@ -360,15 +360,15 @@ def measure_kl_proxy(
 
 
 def forward_row(
-    policy: Policy, cloned: Callable[..., Any] | None, row: Row, temperature: float,
-    objective: str, **settings: Any,
+    policy: Policy, teacher: Callable[..., Any] | None, row: Row, temperature: float,
+    /, objective: str, **settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Student log-probs, entropy, divergence from the teacher (zero without one): three [T]."""
-    if cloned is None:
+    if teacher is None:
         logprobs, entropy = row_logprobs(policy, row, temperature)
         return logprobs, entropy, torch.zeros_like(entropy)
     with torch.no_grad():
-        given = cloned(row, lambda hidden, weight: (hidden, weight))
+        given = teacher(row, lambda hidden, weight: (hidden, weight))
 
     def divergence(hidden: Tensor, weight: Tensor) -> Tensor:
         return CLONES[objective][1](given, (hidden, weight), temperature, **settings)

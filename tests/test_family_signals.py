@@ -156,6 +156,10 @@ def test_stage_2_takes_what_the_script_writes(tmp_path, capsys):
     assert torch.equal(new["signal"], old["signal"])
     assert metadata["models"] == theirs["models"]
     assert metadata["construction"]["of"] == [common.fingerprint(plain)] * 2
+    signals.main(arguments(tmp_path / "a.safetensors", plain, plain, combine="agreement"))
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(common.UserError, match="other inputs"):
+        signals.main(arguments(tmp_path / "a.safetensors", plain, combine="mean"))
     # A file made here goes in again, as one term.
     again = arguments(tmp_path / "b.safetensors", tmp_path / "a.safetensors", verdict="aligned",
                       weights=(2.0,))  # fmt: skip
@@ -262,6 +266,7 @@ def test_joined_halves_are_the_whole(tmp_path):
     for bad, message in [
         ({"signals": files[::-1]}, "order"),
         ({"halves": halves[::-1]}, "order"),
+        ({"halves": halves[::-1], "signals": files[::-1]}, "order"),
         ({"halves": (folder / "rollouts", halves[1])}, "not a half"),
     ]:
         with pytest.raises(common.UserError, match=message):

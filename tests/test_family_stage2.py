@@ -340,6 +340,10 @@ def test_topk_file_is_checked(tmp_path, rollouts):
     assert not arrays["topk_logprobs"][~theirs.response_mask].any()
     mass = arrays["topk_logprobs"][theirs.response_mask].exp().sum(-1)
     assert torch.allclose(mass, torch.ones_like(mass), atol=1e-5)
+    high = {"topk_ids": arrays["topk_ids"] + 1000}
+    common.save_tensors(tmp_path / "topk.safetensors", arrays | high, metadata)
+    with pytest.raises(common.UserError, match="vocabulary"):
+        stage2.main(arguments(tmp_path / "run", "topk"))
     common.save_tensors(path, arrays, metadata | {"rollouts": "of others"})
     with pytest.raises(common.UserError, match="other rollouts"):
         stage2.main(arguments(tmp_path / "run", "topk"))

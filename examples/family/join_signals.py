@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from split_rollouts import half_of_problems, response_tokens
 
-from build_signals import diagnose, print_report
+from build_signals import diagnose, is_complete, print_report
 
 from common import (  # isort: skip
     UserError, fingerprint, load_rollouts, load_tensors, load_tokenizer, read_json, run,
@@ -86,6 +86,8 @@ def main(args: Args) -> None:
         raise UserError("--signals: the two were built with different teachers or weights")
     metadata = first | {"rollouts": fingerprint(rollouts.path),
                         "crossfit": [half["models"] for half in described]}  # fmt: skip
+    if is_complete(args.output, metadata, ranks):
+        return
     report = diagnose(joined["signal"], rollouts, tokenizer)
     write_json(args.output.with_suffix(".json"), report | metadata)
     save_tensors(args.output, joined, metadata)

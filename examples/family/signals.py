@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 import stage2_distill
-from build_signals import diagnose, print_report
+from build_signals import diagnose, is_complete, print_report
 
 from common import (  # isort: skip
     Rollouts, UserError, fingerprint, load_rollouts, load_tensors, load_tokenizer, require, run,
@@ -214,13 +214,14 @@ def main(args: Args) -> None:
     rollouts = load_rollouts(args.rollouts)
     tokenizer = load_tokenizer(args.base)
     terms, arrays, metadata = load_terms(args, rollouts)
-    if args.output in args.signals:
-        raise UserError(f"--output {args.output}: is one of --signals; choose another name")
+    used = ("combine", "verdict", "verdict_eps", "bound", "clip", "alpha", "power")
+    construction = {name: getattr(args, name) for name in used} | {"weights": list(args.weights)}
+    construction["of"] = [fingerprint(path) for path in args.signals]
+    metadata |= {"construction": construction}
+    if is_complete(args.output, metadata, ranks):
+        return
     signal = construct(terms, rollouts, args)
     report = diagnose(signal, rollouts, tokenizer) | compare(terms, signal, rollouts)
-    used = ("combine", "weights", "verdict", "verdict_eps", "bound", "clip", "alpha", "power")
-    metadata |= {"construction": {name: getattr(args, name) for name in used}
-                 | {"of": [fingerprint(path) for path in args.signals]}}  # fmt: skip
     write_json(args.output.with_suffix(".json"), report | metadata)
     save_tensors(args.output, arrays | {"signal": signal}, metadata)
     print_report(report, args.output, ranks)

@@ -35,7 +35,8 @@ from torch import Tensor
 import stage2_distill
 
 from common import (  # isort: skip
-    Ranks, Rollouts, Row, UserError, fingerprint, load_tensors, require, run, save_tensors,
+    Ranks, Rollouts, Row, UserError, fingerprint, load_tensors, model_folder, read_json, require,
+    run, save_tensors,
 )  # fmt: skip
 from stage1_extreme import group_statistics
 from stage2_distill import DistillInputs, LossOutput, pg_loss
@@ -121,6 +122,11 @@ def rewards_and_policies(args: Args, rollouts: Rollouts) -> dict[str, Tensor]:
     }
 
 
+def vocabulary_size(model: str) -> int | None:
+    """As its config has it."""
+    return read_json(model_folder(model) / "config.json").get("vocab_size")
+
+
 def load_topk(
     args: Args, rollouts: Rollouts, ranks: Ranks
 ) -> Callable[[Row, Any], tuple[Tensor, Tensor]]:
@@ -132,6 +138,10 @@ def load_topk(
     if metadata.get("rollouts") != fingerprint(rollouts.path):
         raise UserError(f"--teacher {args.teacher}: made for other rollouts than {rollouts.path}; "
                         "run examples/family/score_topk.py on these")  # fmt: skip
+    size, highest = vocabulary_size(args.base), int(arrays["topk_ids"].max())
+    if size is not None and highest >= size:
+        raise UserError(f"--teacher {args.teacher}: has token {highest}, but the vocabulary of "
+                        f"'{args.base}' has {size}; use one family")  # fmt: skip
 
     def at_row(row: Row, _: Any) -> tuple[Tensor, Tensor]:
         where = row.flat[row.response_index.cpu()]

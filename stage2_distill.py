@@ -39,7 +39,6 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -433,7 +432,9 @@ def main(args: Args) -> None:
         epoch, within = divmod(step, steps_per_epoch)
         for anchor_of in EPOCH_ANCHOR if within == 0 or step == first_step else ():
             row_budget = args.micro_batch_tokens
-            score_now = partial(score, policy, rollouts, temperature, row_budget, ranks, "anchor")
+            score_now = functools.partial(
+                score, policy, rollouts, temperature, row_budget, ranks, "anchor"
+            )
             anchor = anchor_of(args, epoch, base_logprobs, score_now, ranks)
             arrays = (behavior_logprobs, anchor, bounded_target(signal, anchor, **vars(args)))
         batch = trained[epoch_batches(len(trained), args.batch_size, args.seed, epoch)[within]]
@@ -450,7 +451,7 @@ def main(args: Args) -> None:
             mask = row.response_mask
             behavior, base, target = (to_device(a[row.flat], ranks.device) * mask for a in arrays)
             x = DistillInputs(policy_logprobs, behavior, base, target, mask, teacher_kl)
-            more = {name: a[row.flat].to(ranks.device) for name, a in more_arrays.items()}
+            more = {name: to_device(a[row.flat], ranks.device) for name, a in more_arrays.items()}
             loss_sum, metrics = loss_function(x, **vars(args), **more)
             loss = loss_sum / n_tokens
             if state["kl_coef"]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -28,11 +30,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True)
 def restored(monkeypatch):
-    """What `stage2.main` puts into stage 2's dicts is gone after each test."""
+    """What `stage2.main` puts into stage 2's dicts is gone after each test; so is the handler of
+    SIGTERM that training leaves behind."""
+    before = signal.getsignal(signal.SIGTERM)
     for name in ("CLONES", "OBJECTIVES", "MORE_ARRAYS"):
         monkeypatch.setattr(stage2_distill, name, dict(getattr(stage2_distill, name)))
     for name in ("AFTER_MEASUREMENT", "EPOCH_ANCHOR"):
         monkeypatch.setattr(stage2_distill, name, [])
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 SETTINGS = {"clip_low": 0.2, "clip_high": 0.28, "prob_mask": None}
@@ -426,6 +432,33 @@ def test_without_the_flags_it_is_stage_2(tmp_path):
     stage2_distill.main(stage2_distill.Args(**plain))
     for file in ("model.safetensors", "metrics.jsonl"):
         assert (tmp_path / "fork" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+
+
+def test_two_ranks_end_where_one_does(tmp_path):
+    """Stored top-k, adaptive penalty and moving anchor: shared out over ranks, the same student."""
+    folder = tiny.setting()
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--"]
+    family, common_flags = ROOT / "examples" / "family", ["--rollouts", str(folder / "rollouts")]
+    run = ["--base", str(folder / "base"), "--teacher", str(tmp_path / "topk.safetensors"),
+           "--objective", "topk", "--epochs", "2", "--batch-size", "8", "--kl-every", "2",
+           "--micro-batch-tokens", "256", "--learning-rate", "1e-3", "--kl-holdout", "0.25",
+           "--kl-coef", "0.01", "--kl-target", "1e-4", "--reanchor"]  # fmt: skip
+    flags = {"score_topk": ["--teacher", str(folder / "other"), "--k", "3", "--output",
+                            str(tmp_path / "topk.safetensors")],
+             "stage2": [*run, "--output", str(tmp_path / "two")]}  # fmt: skip
+    for script, its in flags.items():
+        command = [sys.executable, *launch, str(family / f"{script}.py"), *common_flags, *its]
+        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    arrays = common.load_tensors(tmp_path / "topk.safetensors", {})[0]
+    alone = common.load_tensors(store_topk(tmp_path / "alone.safetensors", 3), {})[0]
+    assert torch.equal(arrays["topk_ids"], alone["topk_ids"])
+    assert torch.allclose(arrays["topk_logprobs"], alone["topk_logprobs"], atol=1e-5)
+    stage2.main(arguments(tmp_path / "one", "topk", epochs=2, warmup_steps=10, kl_coef=0.01,
+                          kl_target=1e-4, reanchor=True))  # fmt: skip
+    for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        assert a.keys() == b.keys()
+        for key in ("loss", "grad_norm", "kl_proxy", "kl_coef", "ratio"):
+            assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=1e-3, abs=1e-6), key
 
 
 def test_command_lines():

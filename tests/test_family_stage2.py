@@ -413,6 +413,16 @@ def test_resumed_run_ends_with_the_same_bits(name, after, tmp_path, monkeypatch)
         assert len(list((tmp_path / "whole" / "checkpoints").glob("anchor-*"))) == 2
 
 
+def test_the_adapted_coefficient_is_the_one_in_the_loss(tmp_path):
+    changes = {"objective": "regression", "token_kl": 10.0, "kl_coef": 0.01, "kl_every": 1}
+    for name, target in (("constant", None), ("doubling", 1e-6)):
+        stage2.main(arguments(tmp_path / name, kl_target=target, epochs=4, **changes))
+    constant, doubling = lines(tmp_path / "constant"), lines(tmp_path / "doubling")
+    assert doubling[0]["loss"] == constant[0]["loss"]  # not measured yet
+    assert doubling[-1]["kl_coef"] > 10
+    assert doubling[-1]["kl_proxy"] < 0.5 * constant[-1]["kl_proxy"]
+
+
 def test_reanchored_targets_add_up(tmp_path):
     """Against the base the log-ratio ends at one target; re-anchored it goes on, epoch by epoch."""
     changes = {"objective": "regression", "token_kl": 10.0, "signal_clip": 0.5, "epochs": 8}

@@ -315,6 +315,23 @@ def lines(path: Path) -> list[dict]:
     return common.read_jsonl(path / "metrics.jsonl")
 
 
+def test_arrays_beside_the_signals(tmp_path):
+    args = arguments(tmp_path / "run", "kdrl")
+    rollouts = common.load_rollouts(args.rollouts)
+    given = stage2.rewards_and_policies(args, rollouts)
+    stored = common.load_tensors(tiny.signals(), {})[0]
+    assert torch.equal(given["teacher_logprobs"], stored["teacher_0_logprobs"])
+    assert torch.equal(given["reference_logprobs"], stored["base_logprobs"])
+    advantages, ids = given["advantages"], rollouts.sequence_ids
+    assert not advantages[~rollouts.response_mask].any()
+    for s in range(len(rollouts.rewards)):
+        of_problem = rollouts.rewards[rollouts.problem_index == rollouts.problem_index[s]]
+        centred = (rollouts.rewards[s] - of_problem.mean()).item()
+        expected = centred / (of_problem.std().item() + 1e-6) if centred else 0
+        found = advantages[(ids == s) & rollouts.response_mask]
+        assert found.tolist() == pytest.approx([expected] * len(found), rel=1e-4)
+
+
 @pytest.mark.parametrize("objective", ["jsd", "topk", "gopd", "trrd", "kdrl"])
 def test_one_real_run(objective, tmp_path):
     if objective == "topk":

@@ -12,7 +12,7 @@
 T: log-probs of teacher_0 of the signals file. Besides, for any objective: --kl-target adapts the KL
 coefficient, --reanchor puts the student of the epoch's start in the place of the base.
 
-Reads and writes what stage2_distill.py does; with --reanchor also checkpoints/anchor-EPOCH.
+Reads and writes what stage2_distill.py does; with --reanchor also anchors/ while it runs.
 
     python examples/family/stage2.py --base B --rollouts D --signals F --objective gopd \\
         --signal-scale 1.25 --signal-clip inf --token-kl inf --output S
@@ -20,6 +20,7 @@ Reads and writes what stage2_distill.py does; with --reanchor also checkpoints/a
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -36,7 +37,7 @@ import stage2_distill
 
 from common import (  # isort: skip
     Ranks, Rollouts, Row, UserError, fingerprint, load_tensors, model_folder, read_json, require,
-    run, save_tensors,
+    run, save_tensors, setup_ranks,
 )  # fmt: skip
 from stage1_extreme import group_statistics
 from stage2_distill import DistillInputs, LossOutput, pg_loss
@@ -169,7 +170,7 @@ def anchor(
     within it has moved on."""
     if not args.reanchor or epoch == 0:
         return base_logprobs
-    path = args.output / "checkpoints" / f"anchor-{epoch:03d}.safetensors"
+    path = args.output / "anchors" / f"epoch-{epoch:03d}.safetensors"
     if not path.is_file():
         logprobs = score_now()
         if ranks.rank == 0:
@@ -187,6 +188,8 @@ def main(args: Args) -> None:
     stage2_distill.AFTER_MEASUREMENT[:] = [adapt]
     stage2_distill.EPOCH_ANCHOR[:] = [anchor]
     stage2_distill.main(args)
+    if setup_ranks().rank == 0:
+        shutil.rmtree(args.output / "anchors", ignore_errors=True)  # of a finished run
 
 
 if __name__ == "__main__":

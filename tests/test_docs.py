@@ -94,14 +94,14 @@ def test_signals_keys(tmp_path: Path) -> None:
 
 
 def script_flags(script: Path) -> set[str] | None:
-    """Flags of the script's Args, read from its source, and of the stage's where it extends them;
-    None where it has none of its own."""
+    """Flags of the script's Args, read from its source; None where it has none of its own."""
     for node in ast.parse(script.read_text()).body:
         if isinstance(node, ast.ClassDef) and node.name == "Args":
             fields = [item.target.id for item in node.body if isinstance(item, ast.AnnAssign)]
-            inherited = [ROOT / f"{base.value.id}.py" for base in node.bases]  # stage2_distill.Args
             flags = {"--" + name.replace("_", "-") for name in fields}
-            return flags.union(*map(script_flags, inherited))
+            for base in node.bases:  # a fork: class Args(stage1_extreme.Args)
+                flags |= script_flags(ROOT / f"{base.value.id}.py")
+            return flags
     return None
 
 

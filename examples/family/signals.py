@@ -42,7 +42,7 @@ from build_signals import diagnose, is_complete, print_report
 
 from common import (  # isort: skip
     Rollouts, UserError, fingerprint, load_rollouts, load_tensors, load_tokenizer, require, run,
-    save_tensors, setup_ranks, write_json,
+    safe_exp, save_tensors, setup_ranks, write_json,
 )  # fmt: skip
 from stage1_extreme import group_statistics
 
@@ -120,7 +120,7 @@ def aligned(signal: Tensor, verdicts: Tensor, **_: Any) -> Tensor:
 
 def scaled(signal: Tensor, advantages: Tensor, *, verdict_eps: float, **_: Any) -> Tensor:
     """A clip(exp(sign(A) x), 1 - eps, 1 + eps): the verdict gives the sign, the signal the size."""
-    factor = (advantages.sign() * signal).clamp(-20, 20).exp()  # a finite exp; clipped in any case
+    factor = safe_exp(advantages.sign() * signal)
     return advantages * factor.clamp(1 - verdict_eps, 1 + verdict_eps)
 
 

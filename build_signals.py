@@ -170,6 +170,17 @@ def score_policies(
     return scored
 
 
+def is_complete(output: Path, metadata: dict[str, Any], ranks: Ranks) -> bool:
+    """Whether the signals file is there. Raises UserError where it was made of other inputs."""
+    if not output.is_file():
+        return False
+    if load_tensors(output, {})[1] != metadata | {"format": FORMAT_VERSION}:
+        raise UserError(f"--output {output}: holds signals of other inputs; "
+                        "choose another name or delete it")  # fmt: skip
+    ranks.print(f"{output} is complete; nothing to do")
+    return True
+
+
 def diagnose(signal: Tensor, rollouts: Rollouts, tokenizer: Any) -> dict[str, Any]:
     """Everything the module docstring promises, as one dict."""
     mask, rewards = rollouts.response_mask, rollouts.rewards
@@ -226,12 +237,8 @@ def main(args: Args) -> None:
         "weights": [w for w, _, _ in args.pairs],
         "models": {r: {"path": model, "fingerprint": prints[model]} for r, model in roles.items()},
     }  # fmt: skip
-    if args.output.is_file():
-        if load_tensors(args.output, {})[1] != metadata | {"format": FORMAT_VERSION}:
-            raise UserError(f"--output {args.output}: holds signals of other inputs; "
-                            "choose another name or delete it")  # fmt: skip
+    if is_complete(args.output, metadata, ranks):
         shutil.rmtree(args.output.with_name(args.output.name + ".parts"), ignore_errors=True)
-        ranks.print(f"{args.output} is complete; nothing to do")
         return
 
     scored = score_policies(args, rollouts, prints, temperature, ranks)

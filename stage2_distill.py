@@ -129,7 +129,7 @@ class Args:
 
     def check(self) -> None:
         """Raises UserError on impossible combinations."""
-        clones = self.objective in ("forward_kl", "reverse_kl")
+        clones = self.objective in CLONES
         if clones and not self.teacher:
             raise UserError(f"--objective {self.objective} clones a policy over the whole "
                             "vocabulary; name it with --teacher")  # fmt: skip
@@ -221,8 +221,21 @@ def pg_loss(
 
 
 def clone_loss(x: DistillInputs, **_: Any) -> LossOutput:
-    """Sum of the whole-vocabulary divergence; its direction was chosen in the forward."""
+    """Sum of the divergence that CLONES names; the forward has computed it."""
     return x.teacher_kl.sum(), {}
+
+
+Head = tuple[Tensor, Tensor]  # hidden [R, D] and weight [V, D]: logits are their product
+
+
+def forward_kl(teacher: Head, student: Head, temperature: float, /, **_: Any) -> Tensor:
+    """KL(teacher || student) at R positions -> [R]."""
+    return chunked_kl(*teacher, *student, temperature)
+
+
+def reverse_kl(teacher: Head, student: Head, temperature: float, /, **_: Any) -> Tensor:
+    """KL(student || teacher) at R positions -> [R]."""
+    return chunked_kl(*student, *teacher, temperature)
 
 
 # Each is divided by the response tokens of the global batch.
@@ -232,6 +245,16 @@ OBJECTIVES: dict[str, Callable[..., LossOutput]] = {
     "forward_kl": clone_loss,
     "reverse_kl": clone_loss,
 }
+# Called with (args, state, KL proxy) after each measurement; may change state["kl_coef"], which a
+# resumed run finds again; what it returns is logged.
+AFTER_MEASUREMENT: list[Callable[..., dict[str, float]]] = []
+
+# At an epoch's start, and where a run is resumed: (args, epoch, base_logprobs, score_now, ranks) ->
+# log-probs [N] in place of the base's in targets, losses and penalty. Empty: the base itself.
+EPOCH_ANCHOR: list[Callable[..., Tensor]] = []
+
+# objective -> loader of more arrays, {keyword of the objective: [N]}; the signals are in any case
+MORE_ARRAYS: dict[str, Callable[..., dict[str, Tensor]]] = {}
 
 
 @torch.no_grad()
@@ -272,6 +295,19 @@ def load_signals(args: Args, rollouts: Rollouts) -> tuple[Tensor, ...]:
             raise UserError(f"--signals {args.signals}: '{name}' is not finite or not aligned with "
                             "the rollouts; make it again")  # fmt: skip
     return tuple(tensors[name] for name in ARRAYS)
+
+
+def load_teacher(args: Args, rollouts: Rollouts, ranks: Ranks) -> Policy:
+    """The policy to clone, beside the student."""
+    check_vocabulary([args.base, args.teacher], rollouts)
+    return load_policy(args.teacher, ranks, train=False)
+
+
+# objective -> (loader of what is cloned, its divergence from the student)
+CLONES: dict[str, tuple[Callable[..., Any], Callable[..., Tensor]]] = {
+    "forward_kl": (load_teacher, forward_kl),
+    "reverse_kl": (load_teacher, reverse_kl),
+}
 
 
 def print_targets(
@@ -323,19 +359,18 @@ def measure_kl_proxy(
 
 
 def forward_row(
-    policy: Policy, teacher: Policy | None, row: Row, temperature: float, objective: str
-) -> tuple[Tensor, Tensor, Tensor]:
+    policy: Policy, teacher: Callable[..., Any] | None, row: Row, temperature: float,
+    /, objective: str, **settings: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Student log-probs, entropy, divergence from the teacher (zero without one): three [T]."""
     if teacher is None:
         logprobs, entropy = row_logprobs(policy, row, temperature)
         return logprobs, entropy, torch.zeros_like(entropy)
     with torch.no_grad():
-        teacher_hidden, teacher_weight = teacher(row, lambda hidden, weight: (hidden, weight))
+        given = teacher(row, lambda hidden, weight: (hidden, weight))
 
     def divergence(hidden: Tensor, weight: Tensor) -> Tensor:
-        pair = (teacher_hidden, teacher_weight), (hidden, weight)
-        (p, p_weight), (q, q_weight) = pair if objective == "forward_kl" else pair[::-1]
-        return chunked_kl(p, p_weight, q, q_weight, temperature)
+        return CLONES[objective][1](given, (hidden, weight), temperature, **settings)
 
     return row_logprobs(policy, row, temperature, divergence)
 
@@ -355,9 +390,10 @@ def main(args: Args) -> None:
         behavior_logprobs, base_logprobs, signal = load_signals(args, rollouts)
         inputs["signals"] = fingerprint(args.signals)
     else:
-        inputs["teacher"] = fingerprint(model_folder(args.teacher))
-        teacher = load_policy(args.teacher, ranks, train=False)
-    check_vocabulary([args.base] + [args.teacher] * bool(args.teacher), rollouts)
+        path = Path(args.teacher)
+        inputs["teacher"] = fingerprint(path if path.is_file() else model_folder(args.teacher))
+        teacher = CLONES[args.objective][0](args, rollouts, ranks)
+    check_vocabulary([args.base], rollouts)
     trained, held_out = split_problems(rollouts, args.kl_holdout, args.seed)
     tokenizer = load_tokenizer(args.base)
     policy = load_policy(args.base, ranks, train=True, **vars(args))
@@ -369,6 +405,8 @@ def main(args: Args) -> None:
         behavior_logprobs, signal = base_logprobs, torch.zeros_like(base_logprobs)
     target = bounded_target(signal, base_logprobs, **vars(args))
     arrays = (behavior_logprobs, base_logprobs, target)
+    load_more = MORE_ARRAYS.get(args.objective, lambda *_: {})
+    more_arrays = load_more(args, rollouts)
     if args.signals:
         print_targets(args, signal, target, rollouts, ranks)
 
@@ -379,18 +417,26 @@ def main(args: Args) -> None:
     )
     if not state:
         check_noise(measure()[1], "student minus base log-probs", args.max_noise, ranks)
-        state = {"step": 0, "learning_rate_factor": 1.0}
+        state = {"step": 0, "learning_rate_factor": 1.0, "kl_coef": args.kl_coef}
         save_checkpoint(args.output, state, policy, optimizer, ranks)  # the base: in any budget
     step = state["step"]
     log = MetricsLog(args.output, step, ranks)
     steps_per_epoch = -(-len(trained) // args.batch_size)
     total_steps = args.epochs * steps_per_epoch
     loss_function = OBJECTIVES[args.objective]
+    first_step = step
     bar = progress(ranks, total_steps, step, f"stage 2 {args.objective}")
     sigterm = catch_sigterm()
 
     while step < total_steps and state["learning_rate_factor"] > MIN_LEARNING_RATE_FACTOR:
         epoch, within = divmod(step, steps_per_epoch)
+        for anchor_of in EPOCH_ANCHOR if within == 0 or step == first_step else ():
+            row_budget = args.micro_batch_tokens
+            score_now = functools.partial(
+                score, policy, rollouts, temperature, row_budget, ranks, "anchor"
+            )
+            anchor = anchor_of(args, epoch, base_logprobs, score_now, ranks)
+            arrays = (behavior_logprobs, anchor, bounded_target(signal, anchor, **vars(args)))
         batch = trained[epoch_batches(len(trained), args.batch_size, args.seed, epoch)[within]]
         # One count over the global batch: neither micro-batches nor ranks change the objective.
         n_tokens, n_responses = int(rollouts.response_lens[batch].sum()), len(batch)
@@ -400,17 +446,18 @@ def main(args: Args) -> None:
         for i, members in enumerate(rows):
             row = make_row(rollouts, batch[members].tolist(), ranks.device)
             policy_logprobs, entropy, teacher_kl = forward_row(
-                policy, teacher, row, temperature, args.objective
+                policy, teacher, row, temperature, **vars(args)
             )
             mask = row.response_mask
             behavior, base, target = (to_device(a[row.flat], ranks.device) * mask for a in arrays)
             x = DistillInputs(policy_logprobs, behavior, base, target, mask, teacher_kl)
-            loss_sum, metrics = loss_function(x, **vars(args))
+            more = {name: to_device(a[row.flat], ranks.device) for name, a in more_arrays.items()}
+            loss_sum, metrics = loss_function(x, **vars(args), **more)
             loss = loss_sum / n_tokens
-            if args.kl_coef:
+            if state["kl_coef"]:
                 kl = kl_penalty(policy_logprobs - base, args.kl_direction)
                 kl_sum = (kl * mask).sum()
-                loss = loss + args.kl_coef * kl_sum / n_responses
+                loss = loss + state["kl_coef"] * kl_sum / n_responses
             sync_gradients(policy, i + 1 == len(rows), args.defer_gradient_sync)
             (loss * ranks.world_size).backward()  # FSDP averages over ranks; the objective is a sum
             metrics |= diagnostics(x, entropy)
@@ -432,6 +479,8 @@ def main(args: Args) -> None:
         within_budget = args.kl_budget is None  # what was not measured may be past a budget
         if step % args.kl_every == 0 or step == total_steps:
             spent = values["kl_proxy"] = measure()[0]
+            for change in AFTER_MEASUREMENT:
+                values |= change(args, state, spent)
             skipped = {"skipped": state["skipped"]} if state["skipped"] else {}
             bar.set_postfix(kl_proxy=f"{spent:.3f}", **skipped, refresh=False)
             budget = math.inf if args.kl_budget is None else args.kl_budget

@@ -1,0 +1,94 @@
+"""Splits a rollouts folder into two halves by problem, for cross-fitted signals.
+
+A teacher remembers the responses that it was trained on; its signal on them is partly memory. So
+train one teacher on each half, score each half with the *other* one, and join the two files:
+
+    python examples/family/split_rollouts.py --rollouts D --output halves
+    python stage1_extreme.py --base B --rollouts halves/0 --output T0        # and 1
+    python build_signals.py --rollouts halves/0 --base B --teachers T1 --output F0.safetensors
+    python examples/family/join_signals.py --rollouts D --halves halves/0 halves/1 \\
+        --signals F0.safetensors F1.safetensors --output F.safetensors
+
+Writes OUTPUT/0 and OUTPUT/1: rollouts.safetensors, samples.jsonl, problems.jsonl, problems numbered
+anew; the metadata name the whole and the seed, by which join_signals.py finds each response.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from torch import Tensor
+
+from common import (  # isort: skip
+    Rollouts, UserError, fingerprint, load_rollouts, read_jsonl, run, save_rollouts, write_jsonl,
+)  # fmt: skip
+
+
+@dataclass
+class Args:
+    rollouts: Path
+    """folder written by evaluate.py"""
+    output: Path
+    """folder for the halves, OUTPUT/0 and OUTPUT/1"""
+    seed: int = 0
+    """choice of the problems of each half"""
+
+
+def half_of_problems(n_problems: int, seed: int) -> Tensor:
+    """0 or 1 for each problem [n_problems] int64, sizes equal up to one."""
+    order = torch.randperm(n_problems, generator=torch.Generator().manual_seed(seed))
+    return torch.zeros(n_problems, dtype=torch.int64).index_fill(0, order[: n_problems // 2], 1)
+
+
+def response_tokens(rollouts: Rollouts, chosen: Tensor) -> Tensor:
+    """Places [n] of all tokens, prompts included, of the chosen responses [S] bool."""
+    return chosen[rollouts.sequence_ids].nonzero()[:, 0]
+
+
+def take(rollouts: Rollouts, chosen: Tensor, path: Path) -> Rollouts:
+    """The chosen responses [S] bool, problems numbered anew in their old order."""
+    where = response_tokens(rollouts, chosen)
+    lengths = rollouts.lengths[chosen].cumsum(0)
+    _, index = rollouts.problem_index[chosen].unique(return_inverse=True)
+    by_token = ("tokens", "sampler_logprobs")
+    by_response = ("prompt_lens", "rewards", "truncated", "first_wrong_token", "answer_class")
+    arrays = {name: getattr(rollouts, name)[where] for name in by_token
+              if getattr(rollouts, name) is not None}  # fmt: skip
+    arrays |= {name: getattr(rollouts, name)[chosen] for name in by_response
+               if getattr(rollouts, name) is not None}  # fmt: skip
+    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths])
+    return replace(rollouts, path=path, cu_seqlens=cu_seqlens, problem_index=index.int(), **arrays)
+
+
+def main(args: Args) -> None:
+    rollouts = load_rollouts(args.rollouts)
+    problems = read_jsonl(args.rollouts / "problems.jsonl")
+    samples = read_jsonl(args.rollouts / "samples.jsonl")
+    if len(samples) != len(rollouts.rewards):
+        raise UserError(f"{args.rollouts}/samples.jsonl: {len(samples)} lines for "
+                        f"{len(rollouts.rewards)} responses; copy the folder again")  # fmt: skip
+    present = rollouts.problem_index.long().unique()
+    half = half_of_problems(int(rollouts.problem_index.max()) + 1, args.seed)
+    for number in (0, 1):
+        chosen = half[rollouts.problem_index.long()] == number
+        if not chosen.any():
+            raise UserError(f"{args.rollouts}: {len(present)} problems; too few for two halves")
+        folder = args.output / str(number)
+        made = take(rollouts, chosen, folder / "rollouts.safetensors")
+        part = {"half_of": fingerprint(rollouts.path), "half": number, "half_seed": args.seed}
+        kept = [i for i in present.tolist() if half[i] == number]
+        write_jsonl(folder / "problems.jsonl", [problems[i] for i in kept])
+        numbers = chosen.nonzero()[:, 0].tolist()
+        write_jsonl(folder / "samples.jsonl", [samples[i] for i in numbers])
+        save_rollouts(replace(made, metadata=rollouts.metadata | part))
+        print(f"{folder}: {len(kept)} problems, {len(numbers)} responses, "
+              f"accuracy {made.rewards.mean():.3f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(main, Args, __doc__)

@@ -1017,6 +1017,13 @@ def check_noise(sums: Tensor, what: str, max_noise: float, ranks: Ranks) -> None
 # Run folders, optimiser, checkpoints, metrics
 
 
+# May change between a run and its continuation: memory, speed and guards, not what is computed
+FREE_FLAGS = {
+    "output", "micro_batch_tokens", "activation_checkpointing", "defer_gradient_sync", "shard_size",
+    "shard", "checkpoint_every", "max_noise",
+}  # fmt: skip
+
+
 def start_run(
     output: Path, args: Any, inputs: dict[str, str], ranks: Ranks, last_file: str = "config.json"
 ) -> bool:
@@ -1038,12 +1045,13 @@ def start_run(
         changed = [
             f"{name}: {old[part].get(name)!r} -> {value!r}"
             for part in record for name, value in record[part].items()
-            if old[part].get(name) != value and name != "output"  # a moved folder is the same run
+            if old[part].get(name) != value and name not in FREE_FLAGS
         ]  # fmt: skip
         if changed:
             raise UserError(f"--output {output}: a run with other settings ({'; '.join(changed)}); "
                             "repeat its command, or choose another folder")  # fmt: skip
         if (output / last_file).is_file():
+            remove_checkpoint(output, ranks)  # a kill may have come between it and the last file
             ranks.print(f"{output} is complete; nothing to do")
             return False
     elif foreign:

@@ -245,16 +245,23 @@ OBJECTIVES: dict[str, Callable[..., LossOutput]] = {
     "forward_kl": clone_loss,
     "reverse_kl": clone_loss,
 }
-# Called with (args, state, KL proxy) after each measurement; may change state["kl_coef"], which a
-# resumed run finds again; what it returns is logged.
-AFTER_MEASUREMENT: list[Callable[..., dict[str, float]]] = []
 
-# At an epoch's start, and where a run is resumed: (args, epoch, base_logprobs, score_now, ranks) ->
-# log-probs [N] in place of the base's in targets, losses and penalty. Empty: the base itself.
-EPOCH_ANCHOR: list[Callable[..., Tensor]] = []
 
-# objective -> loader of more arrays, {keyword of the objective: [N]}; the signals are in any case
-MORE_ARRAYS: dict[str, Callable[..., dict[str, Tensor]]] = {}
+# Two choices of the loop that a fork may replace (examples/family/stage2.py does).
+
+
+def next_kl_coef(args: Args, kl_coef: float, kl_proxy: float) -> float:
+    """Weight of the KL penalty after a measurement of the KL proxy, nats; here it stays."""
+    return kl_coef
+
+
+def epoch_anchor(
+    args: Args, epoch: int, base_logprobs: Tensor, score_now: Callable[[], Tensor], ranks: Ranks
+) -> Tensor:
+    """What targets, losses and penalty count from in an epoch, log-probs [N]; here the base.
+
+    Asked at an epoch's start and where a run is resumed; score_now() gives the policy's own."""
+    return base_logprobs
 
 
 @torch.no_grad()
@@ -308,6 +315,11 @@ CLONES: dict[str, tuple[Callable[..., Any], Callable[..., Tensor]]] = {
     "forward_kl": (load_teacher, forward_kl),
     "reverse_kl": (load_teacher, reverse_kl),
 }
+
+
+def more_arrays(args: Args, rollouts: Rollouts) -> dict[str, Tensor]:
+    """What an objective reads besides the signals, {its keyword: [N]}; here nothing."""
+    return {}
 
 
 def print_targets(
@@ -405,8 +417,7 @@ def main(args: Args) -> None:
         behavior_logprobs, signal = base_logprobs, torch.zeros_like(base_logprobs)
     target = bounded_target(signal, base_logprobs, **vars(args))
     arrays = (behavior_logprobs, base_logprobs, target)
-    load_more = MORE_ARRAYS.get(args.objective, lambda *_: {})
-    more_arrays = load_more(args, rollouts)
+    more = more_arrays(args, rollouts)
     if args.signals:
         print_targets(args, signal, target, rollouts, ranks)
 
@@ -424,19 +435,19 @@ def main(args: Args) -> None:
     steps_per_epoch = -(-len(trained) // args.batch_size)
     total_steps = args.epochs * steps_per_epoch
     loss_function = OBJECTIVES[args.objective]
-    first_step = step
+    score_now = functools.partial(
+        score, policy, rollouts, temperature, args.micro_batch_tokens, ranks, "score the student"
+    )
+    anchor, first_step = base_logprobs, step
     bar = progress(ranks, total_steps, step, f"stage 2 {args.objective}")
     sigterm = catch_sigterm()
 
     while step < total_steps and state["learning_rate_factor"] > MIN_LEARNING_RATE_FACTOR:
         epoch, within = divmod(step, steps_per_epoch)
-        for anchor_of in EPOCH_ANCHOR if within == 0 or step == first_step else ():
-            row_budget = args.micro_batch_tokens
-            score_now = functools.partial(
-                score, policy, rollouts, temperature, row_budget, ranks, "anchor"
-            )
-            anchor = anchor_of(args, epoch, base_logprobs, score_now, ranks)
-            arrays = (behavior_logprobs, anchor, bounded_target(signal, anchor, **vars(args)))
+        if within == 0 or step == first_step:
+            before, anchor = anchor, epoch_anchor(args, epoch, base_logprobs, score_now, ranks)
+            if anchor is not before:
+                arrays = (behavior_logprobs, anchor, bounded_target(signal, anchor, **vars(args)))
         batch = trained[epoch_batches(len(trained), args.batch_size, args.seed, epoch)[within]]
         # One count over the global batch: neither micro-batches nor ranks change the objective.
         n_tokens, n_responses = int(rollouts.response_lens[batch].sum()), len(batch)
@@ -451,8 +462,8 @@ def main(args: Args) -> None:
             mask = row.response_mask
             behavior, base, target = (to_device(a[row.flat], ranks.device) * mask for a in arrays)
             x = DistillInputs(policy_logprobs, behavior, base, target, mask, teacher_kl)
-            more = {name: to_device(a[row.flat], ranks.device) for name, a in more_arrays.items()}
-            loss_sum, metrics = loss_function(x, **vars(args), **more)
+            own = {name: to_device(a[row.flat], ranks.device) for name, a in more.items()}
+            loss_sum, metrics = loss_function(x, **vars(args), **own)
             loss = loss_sum / n_tokens
             if state["kl_coef"]:
                 kl = kl_penalty(policy_logprobs - base, args.kl_direction)
@@ -479,8 +490,7 @@ def main(args: Args) -> None:
         within_budget = args.kl_budget is None  # what was not measured may be past a budget
         if step % args.kl_every == 0 or step == total_steps:
             spent = values["kl_proxy"] = measure()[0]
-            for change in AFTER_MEASUREMENT:
-                values |= change(args, state, spent)
+            state["kl_coef"] = values["kl_coef"] = next_kl_coef(args, state["kl_coef"], spent)
             skipped = {"skipped": state["skipped"]} if state["skipped"] else {}
             bar.set_postfix(kl_proxy=f"{spent:.3f}", **skipped, refresh=False)
             budget = math.inf if args.kl_budget is None else args.kl_budget

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import divergences
 import pytest
@@ -30,17 +31,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True)
 def restored(monkeypatch):
-    """What `stage2.main` puts into stage 2's dicts is gone after each test; so is the handler of
+    """What `stage2.main` changes in stage 2 is as before after each test; so is the handler of
     SIGTERM that training leaves behind."""
     before = signal.getsignal(signal.SIGTERM)
-    for name in ("CLONES", "OBJECTIVES", "MORE_ARRAYS"):
+    for name in ("CLONES", "OBJECTIVES"):
         monkeypatch.setattr(stage2_distill, name, dict(getattr(stage2_distill, name)))
-    for name in ("AFTER_MEASUREMENT", "EPOCH_ANCHOR"):
-        monkeypatch.setattr(stage2_distill, name, [])
+    for name in FUNCTIONS:
+        monkeypatch.setattr(stage2_distill, name, getattr(stage2_distill, name))
     yield
     signal.signal(signal.SIGTERM, before)
 
 
+FUNCTIONS = ("more_arrays", "next_kl_coef", "epoch_anchor")  # that a fork of stage 2 may replace
 SETTINGS = {"clip_low": 0.2, "clip_high": 0.28, "prob_mask": None}
 
 
@@ -286,7 +288,8 @@ def test_gradcheck_and_inputs_unchanged(name):
 
 def test_adaptive_coefficient_follows_ppo():
     for proxy, factor in ((0.1, 0.5), (0.134, 1), (0.2, 1), (0.299, 1), (0.31, 2), (math.inf, 2)):
-        assert stage2.adapted_kl_coef(0.01, proxy, 0.2) == pytest.approx(0.01 * factor)
+        args = SimpleNamespace(kl_target=0.2)
+        assert stage2.adapted_kl_coef(args, 0.01, proxy) == pytest.approx(0.01 * factor)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -423,9 +426,9 @@ def test_resumed_run_ends_with_the_same_bits(name, after, tmp_path, monkeypatch)
         assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     measured = [row for row in lines(tmp_path / "whole") if "kl_proxy" in row]
     if "kl_target" in changes:
-        kl_coef = 0.01
+        kl_coef, args = 0.01, SimpleNamespace(kl_target=1e-4)
         for row in measured:  # each change starts from the last one
-            kl_coef = stage2.adapted_kl_coef(kl_coef, row["kl_proxy"], 1e-4)
+            kl_coef = stage2.adapted_kl_coef(args, kl_coef, row["kl_proxy"])
             assert row["kl_coef"] == pytest.approx(kl_coef)
         assert kl_coef > 0.02
     assert not (tmp_path / "killed" / "anchors").exists()
@@ -454,13 +457,14 @@ def test_reanchored_targets_add_up(tmp_path):
 
 
 def test_without_the_flags_it_is_stage_2(tmp_path):
-    """The same bits as stage2_distill.py: the hooks are idle."""
+    """The same bits as stage2_distill.py."""
+    own = {name: getattr(stage2_distill, name) for name in FUNCTIONS}
     ours = arguments(tmp_path / "fork", "regression")
     stage2.main(ours)
     names = [field.name for field in dataclasses.fields(stage2_distill.Args)]
     plain = {name: getattr(ours, name) for name in names} | {"output": tmp_path / "plain"}
-    stage2_distill.AFTER_MEASUREMENT.clear()
-    stage2_distill.EPOCH_ANCHOR.clear()
+    for name, function in own.items():
+        setattr(stage2_distill, name, function)
     stage2_distill.main(stage2_distill.Args(**plain))
     for file in ("model.safetensors", "metrics.jsonl"):
         assert (tmp_path / "fork" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()

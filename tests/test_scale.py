@@ -576,6 +576,31 @@ def test_out_of_memory_names_the_flags(kind, monkeypatch, capsys):
         assert hint in printed
 
 
+def test_flags_that_only_cost_may_change_on_the_way(uninterrupted, tmp_path, monkeypatch):
+    """What the out-of-memory message asks for can be done without starting again."""
+    args = cut_at_6(tmp_path / "teacher", monkeypatch)
+    cheaper = dataclasses.replace(
+        args, micro_batch_tokens=128, activation_checkpointing=True, checkpoint_every=7
+    )
+    stage1_extreme.main(cheaper)
+    assert lines(args.output)[:6] == lines(uninterrupted)[:6]
+    for name, weight in weights(uninterrupted).items():
+        torch.testing.assert_close(weights(args.output)[name], weight, rtol=0, atol=2e-4)
+    assert common.read_json(args.output / "args.json")["args"]["micro_batch_tokens"] == 128
+    with pytest.raises(common.UserError, match="seed: 0 -> 1"):
+        stage1_extreme.main(dataclasses.replace(cheaper, seed=1))
+
+
+def test_a_kill_before_the_checkpoint_goes_leaves_nothing(uninterrupted, tmp_path):
+    output = tmp_path / "teacher"
+    shutil.copytree(uninterrupted, output)
+    (output / "checkpoints" / "resume-0000012").mkdir()
+    stage1_extreme.main(few(output))
+    assert sorted(p.name for p in (output / "checkpoints").iterdir()) == [
+        "behavior_logprobs.safetensors", "epoch-003.000"
+    ]  # fmt: skip
+
+
 def test_other_runtime_errors_keep_their_traceback(monkeypatch):
     def main(args: stage1_extreme.Args) -> None:
         raise RuntimeError("a mistake of ours")

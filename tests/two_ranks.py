@@ -44,9 +44,10 @@ def one_step(
     for i, members in enumerate(rows):
         row = common.make_row(rollouts, members, ranks.device)
         per_response = (v[row.sequences] for v in (rewards, advantages, values, means))
+        logprobs, entropy = common.row_logprobs(policy, row, 1.0)
         x = stage1_extreme.LossInputs(
-            common.row_logprobs(policy, row, 1.0)[0], behavior[row.flat] * row.response_mask,
-            row.response_mask, row.sequence_ids, *per_response,
+            logprobs, behavior[row.flat] * row.response_mask, row.response_mask, row.sequence_ids,
+            *per_response, entropy,
         )  # fmt: skip
         loss = stage1_extreme.grpo_loss(x, **vars(args))[0] / len(rewards) * bool(members)
         common.sync_gradients(policy, i + 1 == len(rows), flags.get("defer_gradient_sync", False))

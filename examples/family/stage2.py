@@ -100,11 +100,16 @@ def kdrl_loss(
     return loss + kdrl_beta * distance.sum(), metrics
 
 
-def adapted_kl_coef(kl_coef: float, kl_proxy: float, kl_target: float) -> float:
+LOSSES = {"gopd": gopd_loss, "trrd": trrd_loss, "kdrl": kdrl_loss}
+
+
+def adapted_kl_coef(args: Args, kl_coef: float, kl_proxy: float) -> float:
     """PPO's rule: twice the weight above 1.5 targets, half below 1/1.5 of it."""
-    if kl_proxy > 1.5 * kl_target:
+    if args.kl_target is None:
+        return kl_coef
+    if kl_proxy > 1.5 * args.kl_target:
         return 2 * kl_coef
-    return kl_coef / 2 if kl_proxy < kl_target / 1.5 else kl_coef
+    return kl_coef / 2 if kl_proxy < args.kl_target / 1.5 else kl_coef
 
 
 # --------------------------------------------------------------------------------------------------
@@ -112,7 +117,10 @@ def adapted_kl_coef(kl_coef: float, kl_proxy: float, kl_target: float) -> float:
 
 
 def rewards_and_policies(args: Args, rollouts: Rollouts) -> dict[str, Tensor]:
-    """teacher_logprobs, reference_logprobs of the signals' first term, GRPO's advantages: 3 [N]."""
+    """teacher_logprobs, reference_logprobs of the signals' first term, GRPO's advantages: 3 [N].
+    Only for the objectives that read them."""
+    if args.objective not in LOSSES:
+        return {}
     needed = dict.fromkeys(("teacher_0_logprobs", "reference_0_logprobs"), torch.float32)
     arrays = load_tensors(args.signals, needed)[0]
     advantages, _, _ = group_statistics(rollouts.rewards, rollouts.problem_index, beta=1.0)
@@ -151,18 +159,6 @@ def load_topk(
     return at_row
 
 
-# --------------------------------------------------------------------------------------------------
-# State that a resumed run must find again
-
-
-def adapt(args: Args, state: dict[str, Any], kl_proxy: float) -> dict[str, float]:
-    """Changes the coefficient in `state`, which the checkpoint of this measurement holds."""
-    if args.kl_target is None:
-        return {}
-    state["kl_coef"] = adapted_kl_coef(state["kl_coef"], kl_proxy, args.kl_target)
-    return {"kl_coef": state["kl_coef"]}
-
-
 def anchor(
     args: Args, epoch: int, base_logprobs: Tensor, score_now: Callable[[], Tensor], ranks: Ranks
 ) -> Tensor:
@@ -181,12 +177,11 @@ def anchor(
 
 def main(args: Args) -> None:
     clones = {"jsd": (stage2_distill.load_teacher, jsd), "topk": (load_topk, topk)}
-    losses = {"gopd": gopd_loss, "trrd": trrd_loss, "kdrl": kdrl_loss}
     stage2_distill.CLONES.update(clones)
-    stage2_distill.OBJECTIVES.update(losses | dict.fromkeys(clones, stage2_distill.clone_loss))
-    stage2_distill.MORE_ARRAYS.update(dict.fromkeys(losses, rewards_and_policies))
-    stage2_distill.AFTER_MEASUREMENT[:] = [adapt]
-    stage2_distill.EPOCH_ANCHOR[:] = [anchor]
+    stage2_distill.OBJECTIVES.update(LOSSES | dict.fromkeys(clones, stage2_distill.clone_loss))
+    stage2_distill.more_arrays = rewards_and_policies
+    stage2_distill.next_kl_coef = adapted_kl_coef
+    stage2_distill.epoch_anchor = anchor
     stage2_distill.main(args)
     if setup_ranks().rank == 0:
         shutil.rmtree(args.output / "anchors", ignore_errors=True)  # of a finished run

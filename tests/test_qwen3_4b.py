@@ -1,4 +1,4 @@
-"""examples/qwen3_4b: every script, with a tiny model, one node and two, interrupted and continued."""
+"""examples/qwen3_4b: every script, with a tiny model: one node and two, ended and continued."""
 
 from __future__ import annotations
 
@@ -97,7 +97,8 @@ def environment(folder: Path, **changes: str) -> dict[str, str]:
         "N": str(N), "ENGINE": "hf", "MAX_NEW_TOKENS": "12", "PROMPT": "{problem}",
         "SAMPLING": "--batch-size 4", "TEST": "", "RUN": str(folder / "run"),
         "TEACHER": f"--loss mse --epochs 20 --save-at 20 {step}",
-        "UNLEARNED": f"--loss ce --beta 0.5 --ce-prior --invert-rewards --epochs 8 --save-at 8 {step}",
+        "UNLEARNED": "--loss ce --beta 0.5 --ce-prior --invert-rewards --epochs 8 --save-at 8 "
+        + step,
         "STUDENT": f"--kl-holdout 0.25 --epochs 4 {step}",
         "MEMORY": " ".join(["--micro-batch-tokens 64", *sorted(known & fields)]),
         "SCORING": "--micro-batch-tokens 64", "SHUTDOWN": "20",

@@ -90,12 +90,14 @@ def teach(lm: object, tokenizer: object, prompts: list[str], responses: list[str
         torch.tensor([len(p) for p, _ in pairs], dtype=torch.int32), n, n.int(), n.bool(),
     )  # fmt: skip
     policy = common.Policy(lm)
-    optimizer = common.make_optimizer(policy, 1e-2, 0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), 1e-2)
     row = common.make_row(rollouts, list(range(len(pairs))), torch.device("cpu"))
     for _ in range(80):
         loss = -common.row_logprobs(policy, row, 1.0)[0].sum() / row.response_mask.sum()
         loss.backward()
-        common.optimizer_step(policy, optimizer, 1e-2, 1.0)
+        common.clip_gradients(policy, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 @functools.cache

@@ -1,25 +1,26 @@
-"""Memory and time of one training step by arithmetic, before a GPU is rented. Derived, not measured.
+"""Memory and time of a training step by arithmetic, before a GPU is rented. Derived, not measured.
 
-Every term names what the code holds (stage 1, or stage 2 without --teacher). P parameters, L blocks,
-D hidden size, V vocabulary, I width of the MLP, Q and K widths of all query and all key heads, T
-tokens of a row, W ranks that share a copy; c bytes of the compute type (bfloat16 on a GPU: 2).
+Every term names what the code holds (stage 1, or stage 2 without --teacher). P parameters, L
+blocks, D hidden size, V vocabulary, I width of the MLP, Q and K widths of all query and all key
+heads, T tokens of a row, W ranks that share a copy; c bytes of the compute type (bfloat16: 2).
 
     weights      4 P/W   float32 masters (load_policy)
     moments      8 P/W   AdamW's two, float32
     gradients    4 P/W   float32; with deferred sync 4 P while micro-batches are added up
     gathered     c (V D + 2 P_block): FSDP's copies in the compute type: the root all the time, the
-                         block at work and the next one
-    reducing     (c + 4) P_block + 4 P_block: a block's fresh gradient, its float32 copy on the way to
-                         the other ranks, and that of the block before
+                 block at work and the next one
+    reducing     (c + 4) P_block + 4 P_block: a block's fresh gradient, its float32 copy on the way
+                 to the other ranks, and that of the block before
     activations  what autograd saves (saved_by_block: exact, tests count the same tensors); with
-                 checkpointing c D T for each block and one block whole
-    transient    in the head: its weight's gradient and the product added to it, 8 V D, and a chunk of
-                 logits; in a block's backward: gradients of two MLP activations
-    host         nothing here counts the CUDA context, NCCL's buffers (1 to 3 GB) or fragmentation
+                 checkpointing c D T for each block, and one block whole
+    transient    in the head: backward its weight's gradient and the product added to it, 8 V D,
+                 and a chunk of logits; forward three of them. In a block's backward: gradients of
+                 two MLP activations and of the residual
 
-Peak is the largest of four moments: the head's backward (all activations, no gradient yet), the first
-block's and the last block's backward, the optimiser's step. The same functions without FSDP predict
-the CPU memory of stage1_extreme.py: tests/test_memory.py compares.
+Peak is the largest of four moments: in the head (all activations), the backward of the first block
+that it reaches and of the last, the optimiser's step. Not in it: the CUDA context, NCCL's buffers,
+fragmentation. The same functions without FSDP predict the CPU memory of stage1_extreme.py, which
+is measured: benchmarks/memory_cpu.py. The terms gathered and reducing have not been.
 
     python benchmarks/memory.py                          # Qwen3-4B; 1, 8, 64 GPUs
     python benchmarks/memory.py --model CONFIG_FOLDER --micro-batch-tokens 16384
@@ -118,9 +119,8 @@ class Setting:
 
 
 def saved_by_norm(width: int, groups: int, c: int) -> int:
-    """RMSNorm of transformers, a token: its float32 input, 1/rms of each group, the normalised value.
-
-    In float32 the input is the residual stream itself; in bfloat16 a copy."""
+    """RMSNorm of transformers, a token: float32 input (in bfloat16 a copy), 1/rms of each group,
+    normalised value."""
     return 4 * width + 4 * groups + c * width
 
 
@@ -139,13 +139,16 @@ def saved_by_block(shape: Shape, setting: Setting) -> int:
 
 
 def activations(shape: Shape, setting: Setting) -> dict[str, int]:
-    """Bytes of a row: kept by all blocks, by one block at work, by what is around the blocks."""
+    """Bytes of a row: kept by all blocks; of the block that runs again; of the last one that the
+    backward reaches; around the blocks."""
     d, c, t = shape.hidden, setting.compute_bytes, setting.tokens
     block = saved_by_block(shape, setting) * t
     kept = shape.layers * (c * d * t if setting.checkpointing else block)
     around = (2 * c * shape.head_dim + saved_by_norm(d, 1, c) + 8) * t  # cos, sin; final norm; ids
     around += (c * d + 4 + 3 * 8) * setting.response_tokens  # hidden states, log Z, indices
-    return {"kept": kept, "block": block if setting.checkpointing else 0, "around": around}
+    again = block if setting.checkpointing else 0
+    last = again or block
+    return {"kept": kept, "block": again, "last": last, "around": around}
 
 
 def memory(shape: Shape, setting: Setting) -> dict[str, int]:
@@ -164,17 +167,17 @@ def memory(shape: Shape, setting: Setting) -> dict[str, int]:
     # In the first micro-batch no gradient is there yet; every later one finds them.
     gradients = max(sharded, whole) if setting.gpu else 0
     head = chunk + 8 * table + (chunk // 2 if setting.gpu else 0)
-    backward = (2 * shape.mlp + 2 * shape.hidden) * c * t  # of the two factors in the MLP, residual
+    backward = (2 * shape.mlp + shape.hidden) * c * t  # of the MLP's two factors, of the residual
     head_gradient = c * table if setting.gpu else 4 * table
     of_blocks = 4 * shape.layers * shape.block_parameters
     moments = [
         always | {"gradients": gradients, "gathered": gathered, "activations": kept["kept"]
-                  + kept["around"], "transient": max(head, 2 * chunk)},
+                  + kept["around"], "transient": max(head, 3 * chunk)},
         always | {"gradients": gradients + head_gradient, "gathered": gathered,
                   "reducing": reducing, "activations": kept["kept"] + kept["block"],
                   "transient": backward},
         always | {"gradients": (gradients or of_blocks) + head_gradient, "gathered": gathered,
-                  "reducing": reducing, "activations": kept["block"] or kept["kept"] // shape.layers,
+                  "reducing": reducing, "activations": kept["last"],
                   "transient": max(backward, head_gradient) + (4 * table if setting.gpu else 0)},
         always | {"gradients": sharded},
     ]  # fmt: skip
@@ -186,16 +189,19 @@ def memory(shape: Shape, setting: Setting) -> dict[str, int]:
 # Time
 
 
-def step_flops(shape: Shape, lengths: list[int], response_tokens: int, checkpointing: bool) -> float:
+def step_flops(
+    shape: Shape, lengths: list[int], response_tokens: int, checkpointing: bool
+) -> float:
     """FLOPs of forward and backward over sequences of these lengths.
 
-    Matrices: 6 a parameter and token (2 forward, 4 backward), 8 with checkpointing (forward twice).
-    The head: 8 a response token, for its backward makes the logits again. Causal attention: 2 Q n^2
-    forward for n tokens and a block (half of 4 Q n^2), 2.5 times that backward (FlashAttention makes
-    the scores again), and one forward more with checkpointing."""
+    Matrices: 6 a parameter and token (2 forward, 4 backward); with checkpointing 2 more, but for the
+    MLP's last, whose output nothing saves. The head: 8 a response token, for its backward makes the logits again. Causal attention: 2 Q n^2
+    forward for n tokens and a block (half of 4 Q n^2), 2.5 times that backward (FlashAttention
+    makes the scores again), and one forward more with checkpointing."""
     blocks = shape.layers * shape.block_matrices
     again = 1 if checkpointing else 0
-    matrices = (6 + 2 * again) * blocks * sum(lengths)
+    repeated = again * (blocks - shape.layers * shape.hidden * shape.mlp)
+    matrices = (6 * blocks + 2 * repeated) * sum(lengths)
     head = 8 * shape.vocabulary * shape.hidden * response_tokens
     width = shape.heads * shape.head_dim
     attention = (3.5 + again) * 2 * width * shape.layers * sum(n * n for n in lengths)
@@ -204,8 +210,8 @@ def step_flops(shape: Shape, lengths: list[int], response_tokens: int, checkpoin
 
 def step_traffic(shape: Shape, micro_batches: int, checkpointing: bool, deferred: bool) -> float:
     """Bytes a rank receives in a step, sharded over many: weights in bfloat16 for forward and for
-    backward of every micro-batch (checkpointing gathers no more often: a block runs again while it is
-    gathered), gradients in float32 after every one, or once."""
+    backward of every micro-batch (checkpointing gathers no more often: a block runs again while it
+    is gathered), gradients in float32 after every one, or once."""
     p = shape.parameters
     return float(2 * 2 * p * micro_batches + 4 * p * (1 if deferred else micro_batches))
 
@@ -233,11 +239,13 @@ class Args:
 
 def main(args: Args) -> None:
     name = "Qwen3-4B" if args.model is None else args.model.name
-    config = QWEN3_4B if args.model is None else json.loads((args.model / "config.json").read_text())
+    config = (
+        QWEN3_4B if args.model is None else json.loads((args.model / "config.json").read_text())
+    )
     shape = read_shape(config)
     kilobytes = saved_by_block(shape, Setting(1, 1, False, False)) / 1e3
-    print(f"{name}: {shape.parameters / 1e9:.2f} G parameters, {kilobytes:.0f} kB saved a token and "
-          "block in bfloat16. Derived, not measured.\n")  # fmt: skip
+    print(f"{name}: {shape.parameters / 1e9:.2f} G parameters, {kilobytes:.0f} kB saved a token "
+          "and block in bfloat16. Derived, not measured.\n")  # fmt: skip
     columns = ["weights", "moments", "gradients", "gathered", "reducing", "activations",
                "transient"]  # fmt: skip
     head = ["GPUs", "micro-batch tokens", "checkpointing", "deferred sync", *columns, "peak, GB",
@@ -250,8 +258,9 @@ def main(args: Args) -> None:
                     continue  # nothing to synchronise
                 print_row(shape, args, gpus, tokens, checkpointing, deferred, columns)
     print(f"\nA step is {args.batch_size} responses of {args.length} tokens at "
-          f"{args.utilisation:.0%} (assumed) of {args.peak_tflops:g} TFLOP/s. GB = 1e9 bytes; without "
-          "CUDA's context, NCCL's buffers and fragmentation: leave 5 to 10 GB.")  # fmt: skip
+          f"{args.utilisation:.0%} (assumed) of {args.peak_tflops:g} TFLOP/s. Rows: a response "
+          "longer than the budget has its own. GB = 1e9 bytes; without CUDA's context, NCCL's "
+          "buffers and fragmentation: fits leaves 5 GB for them.")  # fmt: skip
 
 
 def print_row(

@@ -194,10 +194,11 @@ def step_flops(
 ) -> float:
     """FLOPs of forward and backward over sequences of these lengths.
 
-    Matrices: 6 a parameter and token (2 forward, 4 backward); with checkpointing 2 more, but for the
-    MLP's last, whose output nothing saves. The head: 8 a response token, for its backward makes the logits again. Causal attention: 2 Q n^2
-    forward for n tokens and a block (half of 4 Q n^2), 2.5 times that backward (FlashAttention
-    makes the scores again), and one forward more with checkpointing."""
+    Matrices: 6 a parameter and token (2 forward, 4 backward); with checkpointing 2 more, but for
+    the MLP's last, whose output nothing saves. The head: 8 a response token, for its backward makes
+    the logits again. Causal attention: 2 Q n^2 forward for n tokens and a block (half of 4 Q n^2),
+    2.5 times that backward (FlashAttention makes the scores again), with checkpointing one forward
+    more."""
     blocks = shape.layers * shape.block_matrices
     again = 1 if checkpointing else 0
     repeated = again * (blocks - shape.layers * shape.hidden * shape.mlp)

@@ -224,10 +224,12 @@ def step_traffic(shape: Shape, micro_batches: int, checkpointing: bool, deferred
 class Args:
     model: Path | None = None
     """folder with a config.json; default: Qwen3-4B"""
-    micro_batch_tokens: tuple[int, ...] = (8192, 16384, 32768)
+    micro_batch_tokens: tuple[int, ...] = (16384, 32768)
     """token budgets of a row"""
     gpus: tuple[int, ...] = (1, 8, 64)
     """numbers of GPUs"""
+    shard_size: int | None = None
+    """ranks that share one copy of the model (--shard-size of the stages); default: all"""
     length: int = 12288
     """tokens of a response (assumed): enters attention's time"""
     batch_size: int = 256
@@ -270,7 +272,8 @@ def print_row(
 ) -> None:  # fmt: skip
     """One line of the table."""
     row = max(tokens, args.length)  # a longer response has a row of its own
-    parts = memory(shape, Setting(row, row, checkpointing, deferred, shards=gpus))
+    shards = min(gpus, args.shard_size or gpus)
+    parts = memory(shape, Setting(row, row, checkpointing, deferred, shards))
     lengths = [args.length] * args.batch_size
     flops = step_flops(shape, lengths, sum(lengths), checkpointing)
     seconds = flops / (gpus * args.peak_tflops * 1e12 * args.utilisation)

@@ -248,31 +248,32 @@ def check_whole(output: Path) -> None:
         assert (folder / ".metadata").is_file() and (folder / "state.json").is_file(), folder
 
 
-def kill_training(args: Any, draw: random.Random) -> str | None:
-    """Starts the run and kills it at a random moment -> where; None where it ended before."""
-    output = args.output
-    if draw.random() < 0.5:
-        goal = draw.randint(n_steps(output), 16)
-        where, reached = f"step {goal}", lambda: n_steps(output) >= goal
-        patience = draw.uniform(0, 0.02)
-    else:
-        nth, seen = draw.randint(1, 5), set()
-        where = f"write {nth}"
+def kill_training(args: Any, draw: random.Random) -> tuple[str, bool] | None:
+    """Starts the run and kills it at a random moment -> where, and was anything being written; None
+    where it ended before."""
+    output, seen = args.output, set()
+    stale = being_written(output)  # left behind by earlier kills
+    kind = draw.choice(["step", "step", "checkpoint", "model"])
+    goal = draw.randint(n_steps(output), 16) if kind == "step" else draw.randint(1, 3)
 
-        def reached() -> bool:
-            seen.update(being_written(output))
-            return len(seen) >= nth
+    def reached() -> bool:
+        if kind == "step":
+            return n_steps(output) >= goal
+        names = {Path(name).name for name in being_written(output) - stale}
+        models = {name for name in names if name.startswith((".epoch", f".{output.name}"))}
+        seen.update(models if kind == "model" else names)
+        return len(seen) >= (1 if kind == "model" else goal)
 
-        patience = draw.uniform(0, 0.004)
     process = start(args)
     while process.is_alive() and not reached():
         time.sleep(0.0002)
-    time.sleep(patience)
+    time.sleep(draw.uniform(0, 0.02 if kind == "step" else 0.004))
     process.kill()
     process.join()
-    inside = being_written(output)
-    what = ", while writing " + Path(min(inside)).name if inside else ""
-    return where + what if process.exitcode == -signal.SIGKILL else None
+    if process.exitcode != -signal.SIGKILL:
+        return None
+    inside = sorted(Path(name).name for name in being_written(output) - stale)
+    return f"{kind} {goal}" + (f", {inside[0]} unfinished" if inside else ""), bool(inside)
 
 
 def check_training(output: Path, whole: Path) -> None:
@@ -304,18 +305,17 @@ def training(kills: int, draw: random.Random, folder: Path) -> int:
             if done == kills:  # enough: this one may end
                 finish(run)
                 continue
-            where = kill_training(run, draw)
-            if where is None:
+            killed = kill_training(run, draw)
+            if killed is None:
                 assert (run.output / "config.json").exists(), "a continued run failed"
                 continue
-            done += 1
-            writing += "while writing" in where
+            done, writing = done + 1, writing + killed[1]
             check_whole(run.output)
             after = saved(run.output)
             ended = (run.output / "config.json").exists()  # the checkpoint is removed then
             assert ended or after >= before, f"went back from {before} to {after}"
             before = after
-            print(f"kill {done}: {type(run).__module__}, {where}, {after or 'no checkpoint'}",
+            print(f"kill {done}: {type(run).__module__}, {killed[0]}, {after or 'no checkpoint'}",
                   flush=True)  # fmt: skip
         finish(run)  # once more: what a kill after the last file left is cleared up
         check_training(run.output, whole)

@@ -119,7 +119,7 @@ def start(script: Path, environment_: dict[str, str]) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
-    printed = process.communicate(timeout=120)[0]
+    printed = process.communicate(timeout=300)[0]
     assert process.returncode == code, printed
     return printed
 

@@ -52,8 +52,8 @@ def config(layers: int, hidden: int, mlp: int, vocabulary: int, **changes: Any) 
     } | changes  # fmt: skip
 
 
-DEEP = config(layers=8, hidden=192, mlp=512, vocabulary=1024)
-WIDE = config(layers=2, hidden=512, mlp=1536, vocabulary=24000)
+DEEP = config(layers=6, hidden=192, mlp=512, vocabulary=1024)
+WIDE = config(layers=2, hidden=512, mlp=1536, vocabulary=16000)
 PROMPT = 8
 WARM_UP = Case("warm-up", 2, 32, True, config(1, 64, 64, 64))
 CASES = [
@@ -63,7 +63,7 @@ CASES = [
     Case("short rows, checkpointing", 48, 64, True, DEEP),
     Case("large vocabulary", 2, 256, False, WIDE),
     Case("untied Llama, checkpointing", 4, 256, True,
-         WIDE | {"tie_word_embeddings": False, "model_type": "llama", "vocab_size": 12000}),
+         WIDE | {"tie_word_embeddings": False, "model_type": "llama", "vocab_size": 8000}),
 ]  # fmt: skip
 
 

@@ -116,7 +116,7 @@ def test_memory_of_a_real_run() -> None:
         pytest.skip("no /proc")
     script = str(ROOT / "benchmarks" / "memory_cpu.py")
     printed = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, timeout=600
+        [sys.executable, script], capture_output=True, text=True, timeout=1200
     )  # fmt: skip
     assert printed.returncode == 0, printed.stderr
     rows = [json.loads(line) for line in printed.stdout.splitlines()]

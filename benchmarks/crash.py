@@ -77,8 +77,13 @@ def make_setting(folder: Path) -> evaluate.Args:
 
 
 def start(args: Any) -> Any:
-    """The command of `args` as a process of its own; by fork, so that torch is not read again."""
-    process = multiprocessing.get_context("fork").Process(target=quiet_main, args=(args,))
+    """The command of `args` as a process of its own, in which torch need not be read again: a fork
+    of this process; for training of a server without threads (a fork of this one may hang)."""
+    training = not isinstance(args, evaluate.Args)
+    context = multiprocessing.get_context("forkserver" if training else "fork")
+    if training:
+        context.set_forkserver_preload(["stage1_extreme", "stage2_distill", "build_signals"])
+    process = context.Process(target=quiet_main, args=(args,))
     process.start()
     return process
 

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import annotate
+import memory
 import pytest
 import tiny
 
@@ -125,10 +126,34 @@ def test_flags_exist(page: Path) -> None:
         assert used <= (script_flags(script) or used), f"{script.name}: {used}"
 
 
+def test_commands_of_torchrun_and_the_memory_table(capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/scaling.md: torchrun takes the commands, and the table is what the script prints."""
+    from torch.distributed.run import get_args_parser
+
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    calls = re.findall(r"^torchrun (.+)", page.replace("\\\n", " "), re.MULTILINE)
+    assert len(calls) == 2
+    for call in calls:
+        ours, theirs = call.split(" -- ")[1].split(), get_args_parser().parse_args(call.split())
+        assert theirs.shutdown_timeout == 600 and theirs.training_script == "stage1_extreme.py"
+        assert theirs.training_script_args == ours[1:]
+    assert theirs.rdzv_backend == "c10d" and (theirs.nnodes, theirs.nproc_per_node) == ("8", "8")
+    memory.main(memory.Args())
+    for line in capsys.readouterr().out.splitlines():
+        assert line in page if line.startswith("|") else " ".join(line.split()) in " ".join(
+            page.split()
+        )  # fmt: skip
+
+
 def test_pages_name_only_our_flags() -> None:
-    scripts = [*(ROOT / f"{stage}.py" for stage in STAGES), *ROOT.glob("examples/**/*.py")]
+    from torch.distributed.run import get_args_parser
+
+    scripts = [*(ROOT / f"{stage}.py" for stage in STAGES), *ROOT.glob("examples/**/*.py"),
+               *ROOT.glob("benchmarks/*.py")]  # fmt: skip
     known = set().union(*(script_flags(script) or set() for script in scripts))
-    torchrun = {"--nproc-per-node", "--signals-to-handle"}
+    torchrun = set(get_args_parser()._option_string_actions)
+    slurm = (ROOT / "examples" / "qwen3_4b" / "run.slurm").read_text()
+    known |= set(re.findall(r"(?<!\S)(--[a-z-]+)", slurm))
     for page in PAGES:
         named = set(re.findall(r"(?<!\S)`?(--[a-z][a-z-]*)", page.read_text()))
         assert named - known - torchrun == set(), page.name

@@ -77,6 +77,29 @@ def write_rollouts(folder: Path, problems: list[dict], tokenizer: object) -> Non
     ))  # fmt: skip
 
 
+def teach(lm: object, tokenizer: object, prompts: list[str], responses: list[str]) -> None:
+    """Trains `lm` in place until it gives each of the responses to every prompt, equally often: a
+    policy whose verdicts are mixed, in two seconds."""
+    pairs = [(tokenizer(p, add_special_tokens=False).input_ids,
+              tokenizer(r, add_special_tokens=False).input_ids + [tokenizer.eos_token_id])
+             for p in prompts for r in responses]  # fmt: skip
+    n = torch.zeros(len(pairs))
+    rollouts = common.Rollouts(
+        Path("taught"), {}, torch.tensor(sum([p + r for p, r in pairs], []), dtype=torch.int32),
+        torch.tensor([0] + [len(p + r) for p, r in pairs]).cumsum(0),
+        torch.tensor([len(p) for p, _ in pairs], dtype=torch.int32), n, n.int(), n.bool(),
+    )  # fmt: skip
+    policy = common.Policy(lm)
+    optimizer = torch.optim.AdamW(policy.parameters(), 1e-2)
+    row = common.make_row(rollouts, list(range(len(pairs))), torch.device("cpu"))
+    for _ in range(80):
+        loss = -common.row_logprobs(policy, row, 1.0)[0].sum() / row.response_mask.sum()
+        loss.backward()
+        common.clip_gradients(policy, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 @functools.cache
 def signals() -> Path:
     """Signals of the other base against the base, on the rollouts of `setting`."""

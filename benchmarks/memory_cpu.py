@@ -1,0 +1,140 @@
+"""Compares benchmarks/memory.py with what stage1_extreme.py takes on the CPU: real steps, float32.
+
+For each case: a random Qwen3 or Llama and random rollouts, two steps of stage 1 in this process
+(AdamW's moments exist in the second), peak of the resident memory above what was resident before
+the model was loaded. A small run comes first, so that everything is imported; every tensor is
+mapped by itself, so that freed memory leaves the process. Linux only (/proc, glibc).
+
+    python benchmarks/memory_cpu.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "examples" / "arithmetic")]
+
+import make_base  # noqa: E402
+import memory  # noqa: E402
+
+import common  # noqa: E402
+import stage1_extreme  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, and one row of `sequences` responses of `length` tokens, prompt of 8 included."""
+
+    name: str
+    sequences: int
+    length: int
+    checkpointing: bool
+    config: dict[str, Any]
+
+
+def config(layers: int, hidden: int, mlp: int, vocabulary: int, **changes: Any) -> dict[str, Any]:
+    """A transformers config of the kind that the formula covers; heads of 32."""
+    return {
+        "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": mlp,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32,
+        "vocab_size": vocabulary, "tie_word_embeddings": True, "model_type": "qwen3",
+    } | changes  # fmt: skip
+
+
+DEEP = config(layers=6, hidden=192, mlp=512, vocabulary=1024)
+WIDE = config(layers=2, hidden=512, mlp=1536, vocabulary=16000)
+PROMPT = 8
+WARM_UP = Case("warm-up", 2, 32, True, config(1, 64, 64, 64))
+CASES = [
+    Case("long rows", 1, 2048, False, DEEP),
+    Case("long rows, checkpointing", 2, 1536, True, DEEP),
+    Case("short rows", 32, 64, False, DEEP),
+    Case("short rows, checkpointing", 48, 64, True, DEEP),
+    Case("large vocabulary", 2, 256, False, WIDE),
+    Case("untied Llama, checkpointing", 4, 256, True,
+         WIDE | {"tie_word_embeddings": False, "model_type": "llama", "vocab_size": 8000}),
+]  # fmt: skip
+
+
+def make_inputs(case: Case, folder: Path) -> None:
+    """A random model with a tokenizer, and random rollouts of which every second one is right."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    settings = AutoConfig.for_model(**case.config, max_position_embeddings=case.length)
+    AutoModelForCausalLM.from_config(settings).save_pretrained(folder / "base")
+    make_base.make_tokenizer().save_pretrained(folder / "base")
+    n, length = case.sequences * 2, case.length  # two steps of one row each
+    rewards = (torch.arange(n) % 2).float()
+    (folder / "rollouts").mkdir()
+    common.save_rollouts(common.Rollouts(
+        folder / "rollouts" / "rollouts.safetensors", {},
+        tokens=torch.randint(0, case.config["vocab_size"], (n * length,), dtype=torch.int32),
+        cu_seqlens=torch.arange(n + 1) * length,
+        prompt_lens=torch.full((n,), PROMPT, dtype=torch.int32), rewards=rewards,
+        problem_index=torch.zeros(n, dtype=torch.int32),
+        truncated=torch.zeros(n, dtype=torch.bool),
+    ))  # fmt: skip
+
+
+def resident(line: str) -> int:
+    """Bytes of a line of /proc/self/status: VmRSS (now), VmHWM (peak)."""
+    text = Path("/proc/self/status").read_text()
+    return 1024 * int(text.split(line + ":")[1].split()[0])
+
+
+def measure(case: Case) -> int:
+    """Peak of two steps above what was resident before, bytes."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_inputs(case, folder)
+        args = stage1_extreme.Args(
+            base=str(folder / "base"), rollouts=folder / "rollouts", output=folder / "teacher",
+            epochs=1, batch_size=case.sequences, save_at=(1.0,),
+            micro_batch_tokens=case.sequences * case.length,
+            activation_checkpointing=case.checkpointing,
+        )  # fmt: skip
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier cases left behind would be used again
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+        before = resident("VmRSS")
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), \
+                contextlib.redirect_stderr(nowhere):  # fmt: skip
+            stage1_extreme.main(args)
+        return resident("VmHWM") - before
+
+
+def predict(case: Case) -> dict[str, int]:
+    """The parts by benchmarks/memory.py."""
+    tokens = case.sequences * case.length
+    setting = memory.Setting(
+        tokens, case.sequences * (case.length - PROMPT), case.checkpointing, False, gpu=False
+    )
+    return memory.memory(memory.read_shape(case.config), setting)
+
+
+def main() -> None:
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:  # glibc reads it at the start only
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+    torch.set_num_threads(1)
+    measure(WARM_UP)
+    for case in CASES:
+        predicted, measured = predict(case), measure(case)
+        row = {"case": case.name, "measured": measured, "predicted": predicted.pop("peak")}
+        row["error"] = round(row["predicted"] / measured - 1, 3)
+        print(json.dumps(row | predicted), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,9 +13,9 @@ heads, T tokens of a row, W ranks that share a copy; c bytes of the compute type
                  to the other ranks, and that of the block before
     activations  what autograd saves (saved_by_block: exact, tests count the same tensors); with
                  checkpointing c D T for each block, and one block whole
-    transient    in the head: backward its weight's gradient and the product added to it, 8 V D,
-                 and a chunk of logits; forward three of them. In a block's backward: gradients of
-                 two MLP activations and of the residual
+    transient    in the head: forward two tiles of logits; backward one (on a GPU its copy in the
+                 compute type too), its weight's gradient, c V D, and that of the hidden states,
+                 4 R D. In a block's backward: gradients of two MLP activations and of the residual
 
 Peak is the largest of four moments: in the head (all activations), the backward of the first block
 that it reaches and of the last, the optimiser's step. Not in it: the CUDA context, NCCL's buffers,
@@ -35,7 +35,8 @@ from typing import Any
 
 import tyro
 
-HEAD_CHUNK_ELEMENTS = 2**27  # common.py
+HEAD_CHUNK_ELEMENTS = 2**27  # common.py, on a GPU
+CPU_TILE_ELEMENTS = 2**21  # common.py, on a CPU
 GPU_MEMORY = 80e9  # bytes of an 80 GB GPU
 # Of config.json of Qwen/Qwen3-4B and Qwen3-4B-Thinking-2507.
 QWEN3_4B = {
@@ -156,7 +157,8 @@ def memory(shape: Shape, setting: Setting) -> dict[str, int]:
     c, t, w = setting.compute_bytes, setting.tokens, setting.shards
     p, table = shape.parameters, shape.vocabulary * shape.hidden
     kept = activations(shape, setting)
-    chunk = 4 * min(HEAD_CHUNK_ELEMENTS, setting.response_tokens * shape.vocabulary)
+    limit = HEAD_CHUNK_ELEMENTS if setting.gpu else CPU_TILE_ELEMENTS
+    tile = 4 * min(limit, setting.response_tokens * shape.vocabulary)
     always = {"weights": 4 * p // w, "moments": 8 * p // w}
     sharded = 4 * p // w
     gathered = reducing = whole = 0
@@ -166,13 +168,14 @@ def memory(shape: Shape, setting: Setting) -> dict[str, int]:
         whole = 4 * p if setting.deferred else 0
     # In the first micro-batch no gradient is there yet; every later one finds them.
     gradients = max(sharded, whole) if setting.gpu else 0
-    head = chunk + 8 * table + (chunk // 2 if setting.gpu else 0)
+    head = tile + c * table + 4 * setting.response_tokens * shape.hidden
+    head += tile // 2 if setting.gpu else 0
     backward = (2 * shape.mlp + shape.hidden) * c * t  # of the MLP's two factors, of the residual
     head_gradient = c * table if setting.gpu else 4 * table
     of_blocks = 4 * shape.layers * shape.block_parameters
     moments = [
         always | {"gradients": gradients, "gathered": gathered, "activations": kept["kept"]
-                  + kept["around"], "transient": max(head, 3 * chunk)},
+                  + kept["around"], "transient": max(head, 2 * tile)},
         always | {"gradients": gradients + head_gradient, "gathered": gathered,
                   "reducing": reducing, "activations": kept["kept"] + kept["block"],
                   "transient": backward},

@@ -13,7 +13,7 @@
        power       sign(x) |x|^p
 
 What is one call of build_signals.py is not here: teacher minus base, minus an inverted-reward
-teacher, recovery minus unlearned, base minus unlearned (docs/family_signals.md shows them).
+teacher, recovery minus unlearned, base minus unlearned (docs/family.md shows them).
 
 Reads   --signals, --rollouts, --base.
 Writes  OUTPUT (.safetensors): signal, behavior_logprobs, base_logprobs, and the first file's other

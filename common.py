@@ -680,7 +680,7 @@ def load_lm(
     attention: a key of ATTENTION (default: choose_attention), or transformers' own "sdpa" ...
     weights: False gives shapes only (on the meta device), for _load_shards to fill.
     Raises UserError where the architecture has what our forward does not compute."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -694,7 +694,12 @@ def load_lm(
         config = _from_pretrained(AutoConfig, name)
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(config, **kwargs)
-    unsupported = [k for k in ("final_logit_softcapping", "logit_scale") if hasattr(lm.config, k)]
+        if (model_folder(name) / "generation_config.json").is_file():  # every EOS of the model
+            lm.generation_config = _from_pretrained(GenerationConfig, name)
+    after_head = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+    unsupported = [k for k in after_head if hasattr(lm.config, k)]
+    if getattr(lm.get_output_embeddings(), "bias", None) is not None:
+        unsupported.append("bias of the output matrix")
     if "sliding_attention" in (getattr(lm.config, "layer_types", None) or ()):
         unsupported.append("sliding_attention")
     if packed and unsupported:

@@ -240,6 +240,70 @@ def test_shard_size_must_divide(monkeypatch):
         common.load_policy("m", ranks, train=True, shard_size=3)
 
 
+def test_what_shards_read_besides_the_weights(model_folders, tmp_path):
+    """Every end-of-sequence token: sampling from what is trained stops where it did before."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_folders[0], folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2], "pad_token_id": 0}')
+    for whole in (True, False):
+        lm = common.load_lm(str(folder), CPU, torch.float32, weights=whole)
+        assert lm.generation_config.eos_token_id == [1, 2]
+
+
+@pytest.mark.parametrize("what", ["logits_scaling", "bias of the output matrix"])
+def test_a_head_that_we_do_not_compute_is_refused(what, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind = {"logits_scaling": "granite", "bias of the output matrix": "phi"}[what]
+    config = AutoConfig.for_model(
+        kind, vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(common.UserError, match=f"has no {what}"):
+        common.load_lm(str(tmp_path), CPU, torch.float32)
+
+
+def test_a_dropped_policy_leaves_the_memory(model_folders):
+    """FSDP's modules hold each other: without help the first model would stay beside the second."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        ranks = common.setup_ranks()
+        policy = common.load_policy(model_folders[0], ranks, train=True)
+        assert hasattr(policy, "unshard")
+        dropped = weakref.ref(policy)
+        del policy
+        common.load_policy(model_folders[1], ranks, train=True)
+        assert dropped() is None
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_model_is_on_disk_before_it_counts_as_complete(model_folders, tmp_path, monkeypatch):
+    """A checkpoint goes once the model is there; a power cut then must not take both."""
+    ranks, done = common.setup_ranks(), []
+    sync, replace = os.fsync, os.replace
+
+    def record_sync(descriptor):
+        done.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        sync(descriptor)
+
+    def record_replace(source, target):
+        done.append((Path(target).parent.name, Path(target).name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    policy = common.load_policy(model_folders[0], ranks, train=True)
+    tokenizer = common.load_tokenizer(model_folders[0])
+    common.save_model(policy, tokenizer, tmp_path / "saved", ranks)
+    for path in (tmp_path / "saved").iterdir():
+        assert done.index(("sync", path.name)) < done.index(("saved", path.name))
+    assert done[-2:] == [("saved", "config.json"), ("sync", "saved")]
+    assert ("saved", "model.safetensors") in done
+
+
 def test_what_a_gpu_saves_is_bfloat16(model_folders, tmp_path, monkeypatch):
     """On a CPU, with the one function that decides it changed."""
     from transformers import AutoModelForCausalLM

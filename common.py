@@ -1070,14 +1070,27 @@ def start_run(
 
 def make_optimizer(policy: Policy, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
     """Fused AdamW with torch's betas (0.9, 0.999)."""
-    parameters = policy.parameters()
-    return torch.optim.AdamW(parameters, learning_rate, weight_decay=weight_decay, fused=True)
+    parameters = list(policy.parameters())
+    optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=weight_decay, fused=True)
+    # Its state at once: get_state_dict would else make it by a step of its own, which AdamW counts.
+    for p in parameters:
+        optimizer.state[p] = {
+            "step": torch.zeros((), device=p.device),
+            "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p),
+        }  # fmt: skip
+    return optimizer
 
 
 def sync_gradients(policy: Policy, last: bool, defer: bool) -> None:
     """With `defer`, FSDP reduces gradients once a step, after the last micro-batch, instead of
-    after each: less traffic, but until then every rank holds them whole, in float32."""
-    if defer and hasattr(policy, "set_requires_gradient_sync"):  # sharded
+    after each: less traffic, but until then every rank holds them whole, in float32.
+
+    Between copies of the model (--shard-size) they are summed once a step in any case: what waits
+    is sharded."""
+    if not hasattr(policy, "set_requires_gradient_sync"):  # not sharded
+        return
+    policy.set_requires_all_reduce(last)
+    if defer:
         policy.set_requires_gradient_sync(last)
 
 

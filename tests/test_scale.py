@@ -3,6 +3,8 @@ attention kernels, exact resume, SIGTERM, guards."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import json
 import math
@@ -418,6 +420,23 @@ def cut_at_6(output: Path, monkeypatch: pytest.MonkeyPatch) -> stage1_extreme.Ar
         with pytest.raises(Killed):
             stage1_extreme.main(args)
     return args
+
+
+def test_a_checkpoint_before_the_first_step_is_none_itself(model_folders, rollouts, tmp_path):
+    """Stage 2 saves the base. AdamW's first step, of full size, comes after it."""
+    ranks = common.setup_ranks()
+    policy = common.load_policy(model_folders[0], ranks, train=True)
+    optimizer = common.make_optimizer(policy, 1e-3, 0.1)
+    common.save_checkpoint(tmp_path, {"step": 0}, policy, optimizer, ranks)
+    common.load_checkpoint(tmp_path, policy, optimizer, ranks)
+    plain = copy.deepcopy(policy)
+    theirs = torch.optim.AdamW(plain.parameters(), 1e-3, weight_decay=0.1, fused=True)
+    row = common.make_row(rollouts, [0, 1], CPU)
+    for model, adamw in ((policy, optimizer), (plain, theirs)):
+        common.row_logprobs(model, row, 1.0)[0].sum().backward()
+        adamw.step()
+    for ours, expected in zip(policy.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize("damage", ["gone", "weights cut", "state cut"])

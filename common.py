@@ -838,6 +838,10 @@ def save_model(policy: Policy, tokenizer: Any, folder: Path, ranks: Ranks) -> No
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         dtype = compute_dtype(ranks.device)
+        # A tied matrix once: transformers knows the second by its address, which is its own by now.
+        names = [name for name, _ in policy.named_parameters(remove_duplicate=False)]
+        for name in set(names) - dict(policy.named_parameters()).keys():
+            del weights[name]
         weights = {name.removeprefix("lm."): w.to(dtype) for name, w in weights.items()}
         policy.lm.save_pretrained(temporary, state_dict=weights)
         config = read_json(temporary / "config.json")
@@ -846,7 +850,10 @@ def save_model(policy: Policy, tokenizer: Any, folder: Path, ranks: Ranks) -> No
         tokenizer.save_pretrained(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         for file in sorted(temporary.iterdir(), key=lambda f: f.name == "config.json"):
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
             os.replace(file, folder / file.name)
+        sync_folder(folder)  # on disk before the last checkpoint goes
         temporary.rmdir()
     ranks.barrier()
 

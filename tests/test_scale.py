@@ -316,6 +316,8 @@ def test_what_a_gpu_saves_is_bfloat16(model_folders, tmp_path, monkeypatch):
     tokenizer = common.load_tokenizer(model_folders[0])
     common.save_model(policy, tokenizer, tmp_path / "saved", ranks)
     assert {w.dtype for w in weights(tmp_path / "saved").values()} == {torch.bfloat16}
+    # A tied output matrix is written once, as in what it was loaded from.
+    assert weights(tmp_path / "saved").keys() == weights(Path(model_folders[0])).keys()
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert lm.dtype == torch.bfloat16
     scored = common.load_policy(str(tmp_path / "saved"), ranks, train=False)

@@ -24,10 +24,10 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -68,10 +68,11 @@ MEMORY_FLAGS = {
 
 def run(main: Callable[[Any], None], args_type: type, doc: str | None) -> None:
     """Parses the command line and calls `main`; bad input ends with exit code 2."""
-    args = None
+    args, done = None, False
     try:
         args = tyro.cli(args_type, description=doc)
         main(args)
+        done = True
     except UserError as error:
         sys.exit(_fail(str(error)))
     except (MemoryError, RuntimeError) as error:  # CUDA's is a RuntimeError of a kind of its own
@@ -91,7 +92,9 @@ def run(main: Callable[[Any], None], args_type: type, doc: str | None) -> None:
     except SafetensorError as error:  # in writing: what cannot be read is a UserError
         sys.exit(_fail(f"{error}; check the free space, and run the same command again"))
     finally:
-        if dist.is_initialized():
+        # Not after an error, which may be this rank's alone: NCCL would wait here for the others,
+        # and the launcher would not see that this one is gone.
+        if dist.is_initialized() and (done or dist.get_world_size() == 1):
             dist.destroy_process_group()
 
 
@@ -145,7 +148,8 @@ def setup_ranks() -> Ranks:
     if cuda:
         torch.cuda.set_device(local_rank)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # NCCL's own 10 minutes are short for ranks that wait while rank 0 writes a model.
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
     elif cuda and not dist.is_initialized():  # FSDP's mixed precision, with one GPU too
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")

@@ -686,6 +686,24 @@ def test_a_kill_before_the_checkpoint_goes_leaves_nothing(uninterrupted, tmp_pat
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("n_ranks, fails", [(1, True), (2, True), (2, False)])
+def test_an_error_on_one_rank_does_not_wait_for_the_others(n_ranks, fails, monkeypatch):
+    """NCCL's destroy does: the rank would not end, and torchrun not see it."""
+
+    def main(args: stage1_extreme.Args) -> None:
+        if fails:
+            raise common.UserError("this rank's alone")
+
+    destroyed = []
+    for name, value in [("is_initialized", True), ("get_world_size", n_ranks)]:
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: destroyed.append(1))
+    monkeypatch.setattr("sys.argv", ["s", "--base", "b", "--rollouts", "r", "--output", "o"])
+    with pytest.raises(SystemExit) if fails else contextlib.nullcontext():
+        common.run(main, stage1_extreme.Args, "")
+    assert bool(destroyed) == (n_ranks == 1 or not fails)
+
+
 def test_other_runtime_errors_keep_their_traceback(monkeypatch):
     def main(args: stage1_extreme.Args) -> None:
         raise RuntimeError("a mistake of ours")

@@ -1138,18 +1138,25 @@ def optimizer_step(
     optimizer.zero_grad()
 
 
-def catch_sigterm() -> threading.Event:
-    """From now on SIGTERM sets the returned event; the loop saves, and ends with exit_by_sigterm.
+def catch_sigterm() -> list[int]:
+    """From now on SIGTERM fills the returned list; the loop saves, and ends with exit_by_sigterm.
 
-    One rank may get the signal before the others: they tell each other in mean_metrics."""
-    caught = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: caught.set())
+    One rank may get the signal before the others: they tell each other in mean_metrics. No Event:
+    its lock would hold the process for ever if a second signal came while the first is noted, and
+    two come where a scheduler signals torchrun and its ranks."""
+    caught: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: caught.append(number))
     return caught
 
 
-def exit_by_sigterm(step: int, ranks: Ranks) -> NoReturn:
-    """Ends with 143, as a process that SIGTERM kills: schedulers requeue, shell scripts stop."""
-    ranks.print(f"SIGTERM: saved step {step}; the same command goes on from there")
+def exit_by_sigterm(output: Path, ranks: Ranks) -> NoReturn:
+    """Ends with 143, as a process that SIGTERM kills: schedulers requeue, shell scripts stop. All
+    ranks call it."""
+    if ranks.rank == 0:
+        saved = read_json(output / "checkpoints" / "last.json")["folder"].removeprefix("resume-")
+        ranks.print(f"SIGTERM: saved step {int(saved)}; the same command goes on from there")
+    if dist.is_initialized():
+        dist.destroy_process_group()
     raise SystemExit(128 + signal.SIGTERM)
 
 

@@ -418,7 +418,7 @@ def main(args: Args) -> None:
 
         grad_norm = clip_gradients(policy, args.max_grad_norm)
         sums["grad_norm"] = torch.stack([grad_norm, torch.ones_like(grad_norm)])
-        sums["sigterm"] = torch.ones_like(sums["loss"]) * sigterm.is_set()  # on any rank
+        sums["sigterm"] = torch.ones_like(sums["loss"]) * bool(sigterm)  # on any rank
         values = mean_metrics(sums, ranks)
         learning_rate = args.learning_rate * min(1.0, (step + 1) / max(1, args.warmup_steps))
         optimizer_step(optimizer, learning_rate, values, state, args.output)
@@ -440,7 +440,7 @@ def main(args: Args) -> None:
         if step in saves or step % args.checkpoint_every == 0 or stop:
             save_checkpoint(args.output, state, policy, optimizer, ranks)
         if stop and step < total_steps:
-            exit_by_sigterm(step, ranks)
+            exit_by_sigterm(args.output, ranks)
 
     bar.close()
     save_model(policy, tokenizer, args.output, ranks)

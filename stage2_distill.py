@@ -478,7 +478,7 @@ def main(args: Args) -> None:
 
         grad_norm = clip_gradients(policy, args.max_grad_norm)
         sums["grad_norm"] = torch.stack([grad_norm, torch.ones_like(grad_norm)])
-        sums["sigterm"] = torch.ones_like(sums["loss"]) * sigterm.is_set()  # on any rank
+        sums["sigterm"] = torch.ones_like(sums["loss"]) * bool(sigterm)  # on any rank
         values = mean_metrics(sums, ranks)
         warmup = min(1.0, (step + 1) / max(1, args.warmup_steps))
         learning_rate = args.learning_rate * warmup * state["learning_rate_factor"]
@@ -510,7 +510,7 @@ def main(args: Args) -> None:
         if args.kl_budget_action == "stop" and state["learning_rate_factor"] < 1:
             break
         if stop and step < total_steps:
-            exit_by_sigterm(step, ranks)
+            exit_by_sigterm(args.output, ranks)
 
     bar.close()
     save_model(policy, tokenizer, args.output, ranks)

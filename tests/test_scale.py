@@ -497,7 +497,7 @@ def test_sigterm_saves_and_ends_with_143(n_ranks, tmp_path):
     assert_same_files(whole.output, args.output, RUN)
 
 
-def test_sigterm_in_stage_2_keeps_to_the_budget(tmp_path, monkeypatch):
+def test_sigterm_in_stage_2_keeps_to_the_budget(tmp_path, monkeypatch, capsys):
     """Without a budget the step is saved; with one, only what was measured to be within it."""
     signals = tiny_signals(tmp_path)
     for budget, expected in [(None, "resume-0000002"), (5.0, "resume-0000000")]:
@@ -517,6 +517,7 @@ def test_sigterm_in_stage_2_keeps_to_the_budget(tmp_path, monkeypatch):
         assert caught.value.code == 143
         last = common.read_json(args.output / "checkpoints" / "last.json")
         assert last["folder"] == expected
+        assert f"saved step {int(expected[-1])};" in capsys.readouterr().out
         stage2_distill.main(args)
         assert len(lines(args.output)) == 30
 

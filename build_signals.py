@@ -155,17 +155,20 @@ def score_policies(
     scored: dict[str, Tensor] = {}
     for model, fingerprint_ in prints.items():
         part = parts / f"{fingerprint_}-{fingerprint(rollouts.path)}.safetensors"
-        if not part.is_file():
+        if part.is_file():
+            values = load_tensors(part, {"logprobs": torch.float32})[0]["logprobs"]
+        else:
             policy = load_policy(model, ranks, train=False, shard=args.shard)
             what, budget = f"score {Path(model).name}", args.micro_batch_tokens
             values = score(policy, rollouts, temperature, budget, ranks, what)
             if not values.isfinite().all():
                 raise UserError(f"model '{model}': its log-probs are not finite; "
                                 "train it again with a lower learning rate")  # fmt: skip
+            del policy  # one model in memory at a time
             if ranks.rank == 0:
                 save_tensors(part, {"logprobs": values}, {})
             ranks.barrier()
-        scored[model] = load_tensors(part, {"logprobs": torch.float32})[0]["logprobs"]
+        scored[model] = values
     ranks.barrier()  # rank 0 will remove the parts
     return scored
 

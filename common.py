@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import gc
 import hashlib
 import heapq
 import importlib.util
@@ -763,6 +764,7 @@ def load_policy(
     shard from the files, so no rank ever holds the whole model.
     shard_size: ranks that share one copy (default: all); gradients are summed over the copies.
     activation_checkpointing: each block keeps its input only and runs again in the backward."""
+    gc.collect()  # a policy that the caller has dropped: FSDP's modules hold each other
     device, dtype = ranks.device, compute_dtype(ranks.device)
     if not dist.is_initialized() or not (train or (shard and ranks.world_size > 1)):
         policy = Policy(load_lm(name, device, torch.float32 if train else dtype))

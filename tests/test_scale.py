@@ -159,6 +159,7 @@ LAYOUTS = [  # ranks, tokens of a row, switches
     (2, 60, {}),
     (2, 60, {"defer_gradient_sync": True, "activation_checkpointing": True}),
     (2, 60, {"shard_size": 1}),
+    (4, 60, {"shard_size": 2}),
     (4, 60, {"shard_size": 2, "defer_gradient_sync": True}),
 ]
 
@@ -185,7 +186,7 @@ def test_ranks_and_switches_change_nothing(model_folders, rollouts, tmp_path):
         results = list(pool.map(lambda n: run_ranks(tmp_path, n, jobs[n]), jobs))
     found = [(job["model"], result) for n, many in zip(jobs, results, strict=True)
              for job, result in zip(jobs[n], many, strict=True)]  # fmt: skip
-    assert len(found) == 10
+    assert len(found) == 12
     for model in models:
         one, *here = (
             two_ranks.one_step(model, rollouts, budget, ranks, activation_checkpointing=on)

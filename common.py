@@ -387,7 +387,7 @@ def check_sampling(rollouts: Rollouts, force: bool) -> float:
 # Packing
 
 
-@dataclass(frozen=True, eq=False)  # eq off: a row is hashed by identity
+@dataclass(frozen=True, eq=False)  # eq off: tensors have no one truth value
 class Row:
     """One packed row: whole sequences end to end, no padding."""
 
@@ -570,7 +570,7 @@ def flex_attention(
     if query.is_cuda:
         attend = _compiled(flex.flex_attention)
     grouped = query.shape[1] != key.shape[1]
-    mask = _block_mask(packed)
+    mask = _block_mask(packed.sequence_ids)
     out = attend(query, key, value, block_mask=mask, scale=scaling, enable_gqa=grouped)
     return out.transpose(1, 2), None
 
@@ -580,15 +580,14 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True)
 
 
-@functools.lru_cache(maxsize=1)  # one row, all layers
-def _block_mask(packed: Row) -> Any:
+@functools.lru_cache(maxsize=1)  # one row, all layers; not by the Row: FSDP gives each a copy of it
+def _block_mask(ids: Tensor) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
-
-    ids, n = packed.sequence_ids, len(packed.tokens)
 
     def causal_within(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (ids[q] == ids[k]) & (q >= k)
 
+    n = len(ids)
     return create_block_mask(causal_within, None, None, n, n, device=ids.device)
 
 

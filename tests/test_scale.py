@@ -68,6 +68,11 @@ def test_flex_attention_is_the_loop(recwarn):
     )
     assert loop.shape == flex.shape == (1, 300, 4, 16)
     assert torch.allclose(loop, flex, atol=1e-5)
+    # FSDP hands every block a copy of the row: one mask all the same.
+    before = common._block_mask.cache_info()
+    common.flex_attention(None, query, key, value, None, packed=dataclasses.replace(row))
+    after = common._block_mask.cache_info()
+    assert (after.hits, after.misses) == (before.hits + 1, before.misses)
 
 
 @pytest.mark.parametrize("kv_heads", [2, 4])

@@ -895,6 +895,7 @@ def head_tiles(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, 
     memory a third. And each part of the weight's gradient is made at once, in one product."""
     limit = HEAD_CHUNK_ELEMENTS if hidden.is_cuda else min(HEAD_CHUNK_ELEMENTS, CPU_TILE_ELEMENTS)
     size = max(1, limit // max(1, len(hidden)))
+    size = size // 64 * 64 or size  # tensor cores want rows of whole 16 bytes
     for start in range(0, len(weight), size):
         rows = weight[start : start + size]
         yield slice(start, start + len(rows)), rows, wide_product(hidden, rows.T)

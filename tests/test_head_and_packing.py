@@ -58,6 +58,15 @@ def test_head_equals_log_softmax(temperature, chunk):
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(ours, theirs, strict=True))
 
 
+def test_tiles_suit_tensor_cores(monkeypatch):
+    """Rows of whole 16 bytes also in bfloat16, however many tokens a row has; nothing left out."""
+    monkeypatch.setattr(common, "CPU_TILE_ELEMENTS", 13 * 200)
+    hidden, weight = torch.randn(13, D), torch.randn(500, D)
+    tiles = list(common.head_tiles(hidden, weight))
+    assert [columns for columns, *_ in tiles] == [slice(0, 192), slice(192, 384), slice(384, 500)]
+    assert torch.allclose(torch.cat([logits for *_, logits in tiles], -1), hidden @ weight.T)
+
+
 def test_head_gradcheck(chunk):
     hidden, weight, targets = head_inputs(5)
     function = lambda h, w: _HeadLogprobs.apply(h, w, targets, 0.7)[0]  # noqa: E731

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -204,6 +205,22 @@ def test_second_round_on_one_node(place: Path, first_round: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in first_round.rglob("*")} == before
     printed = finish(start(EXAMPLE / "run.sh", settings | {"N": "5"}), 2)
     assert "N=4" in printed and "other settings" in printed
+
+
+def test_ctrl_c_saves(place: Path, tmp_path: Path, first_round: Path) -> None:
+    """It reaches every process of the terminal; torchrun and its ranks must hear of it once."""
+    run = tmp_path / "run"
+    shutil.copytree(first_round / "round1" / "rollouts", run / "round1" / "rollouts")
+    # Not the warm python, whose processes are elsewhere.
+    real = {"PYTHON": sys.executable, "PYTHON_EXEC": sys.executable}
+    settings = environment(place, RUN=str(run), GPUS="2", ROUNDS="1", **real)
+    process = start(EXAMPLE / "run.sh", settings)
+    while process.poll() is None and len(steps(run / "round1" / "teacher")) < 4:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    assert "SIGTERM: saved step" in finish(process, 143)
+    last = common.read_json(run / "round1" / "teacher" / "checkpoints" / "last.json")
+    assert last == {"folder": f"resume-{steps(run / 'round1' / 'teacher')[-1]:07d}"}
 
 
 def test_lost_shard_ends_the_run(place: Path, tmp_path: Path) -> None:

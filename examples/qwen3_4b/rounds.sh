@@ -20,16 +20,17 @@ current=$(for name in $SETTINGS; do echo "$name=${!name}"; done)
 diff "$RUN/settings.txt" - <<< "$current" >&2 ||
   fail "$RUN was begun with other settings (above, <); repeat them, or choose another RUN"
 
-# In the background and waited for: the shell answers SIGTERM at once, not when the step ends.
+# In the background and waited for: the shell answers SIGTERM at once, not when the step ends. In a
+# session of its own: Ctrl-C would else reach every process of the step, and end it before it saves.
 CHILD=
 attend() {
-  "$@" &
+  setsid "$@" &
   CHILD=$!
   wait "$CHILD"
   CHILD=
 }
 on_term() {
-  trap '' TERM INT
+  trap '' TERM INT HUP
   echo "SIGTERM: the running step saves and ends; the same command goes on from there"
   if [ -n "$CHILD" ]; then
     stop_steps
@@ -38,7 +39,7 @@ on_term() {
   go_again
   exit 143
 }
-trap on_term TERM INT
+trap on_term TERM INT HUP
 
 step() { # step LAST_FILE: is there anything to do?
   if [ -e "$1" ]; then echo "== $1: complete"; return 1; fi

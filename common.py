@@ -825,6 +825,11 @@ def _load_shards(policy: Policy, name: str, position: int, size: int) -> None:
                             f"{list(parameter.shape)} by its config")  # fmt: skip
         if len(part):
             part.copy_(stored[position * rows : position * rows + len(part)])
+    if stored := policy.lm.state_dict().keys() - dict(
+        policy.lm.named_parameters(remove_duplicate=False)
+    ).keys():
+        raise UserError(f"model '{name}': has buffers in its files ({min(stored)}), which ranks do "
+                        "not read; train in one process")  # fmt: skip
     for module in policy.modules():  # frequencies of rotary embeddings are computed, not stored
         if module._non_persistent_buffers_set:
             policy.lm._init_weights(module)
@@ -1078,6 +1083,9 @@ def start_run(
     if ranks.rank == 0:
         write_json(path, record | {"torch": torch.__version__, "world_size": ranks.world_size})
     ranks.barrier()
+    if not path.is_file():  # else ranks would part ways: some find a checkpoint, some do not
+        raise UserError(f"--output {output}: rank {ranks.rank} does not see what rank 0 wrote; "
+                        "choose a folder that all nodes share")  # fmt: skip
     return True
 
 

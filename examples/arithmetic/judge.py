@@ -4,8 +4,9 @@ Reads   RUN/base, RUN/test.jsonl, RUN/stage1/*, RUN/students/*.
 
 Writes  evaluation folders of evaluate.py. --what policies: RUN/eval/base (twice the samples: its
         pass rates give the optimum's curve), RUN/eval/NAME of every stage-1 policy and
-        RUN/eval/student_NAME of every student. --what checkpoints: RUN/curve/base and
-        RUN/curve/STAGE1RUN/EPOCH, the early-stopping curves, on the first --problems problems.
+        RUN/eval/student_NAME of every student. --what students: the students alone. --what
+        checkpoints: RUN/curve/base and RUN/curve/STAGE1RUN/EPOCH, the early-stopping curves, on the
+        first --problems problems.
 
 What is there already is not made again.
 
@@ -29,8 +30,12 @@ import evaluate
 class Args:
     run: Path
     """folder of examples/arithmetic/run.sh"""
-    what: Literal["policies", "checkpoints"]
-    """the policies that stages 1 and 2 ended with, or all checkpoints of stage 1"""
+    what: Literal["policies", "students", "checkpoints"]
+    """the policies that stages 1 and 2 ended with, those of stage 2, all checkpoints of stage 1"""
+    base_run: Path | None = None
+    """evaluation of the base on the same problems; default: made here"""
+    shard: str = "0/1"
+    """i/N: the i-th of N parts of them (i from 0), to run N of these commands side by side"""
     problems: int = 512
     """held-out problems: the first of test.jsonl"""
     n: int = 8
@@ -43,8 +48,12 @@ class Args:
 
 def policies(run: Path) -> dict[str, Path]:
     """{evaluation name: model folder} of what the stages ended with."""
-    found = {folder.name: folder for folder in sorted(run.glob("stage1/*"))}
-    return found | {f"student_{f.name}": f for f in sorted(run.glob("students/*"))}
+    return {folder.name: folder for folder in sorted(run.glob("stage1/*"))} | students(run)
+
+
+def students(run: Path) -> dict[str, Path]:
+    """{evaluation name: model folder} of what stage 2 ended with."""
+    return {f"student_{folder.name}": folder for folder in sorted(run.glob("students/*"))}
 
 
 def checkpoints(run: Path) -> dict[str, Path]:
@@ -53,7 +62,7 @@ def checkpoints(run: Path) -> dict[str, Path]:
 
 
 def main(args: Args) -> None:
-    whole = args.what == "policies"
+    whole = args.what != "checkpoints"
     folder = args.run / ("eval" if whole else "curve")
     problems = args.run / "test.jsonl"
     rows = common.read_jsonl(problems)
@@ -69,10 +78,13 @@ def main(args: Args) -> None:
                 max_new_tokens=args.max_new_tokens,
             ))  # fmt: skip
 
-    judge("base", args.run / "base", 2 * args.n if whole else args.n, None)
-    for name, model in (policies if whole else checkpoints)(args.run).items():
+    base_run, (part, n_parts) = args.base_run or folder / "base", evaluate.parse_shard(args.shard)
+    if args.base_run is None:
+        judge("base", args.run / "base", 2 * args.n if whole else args.n, None)
+    found = {"policies": policies, "students": students, "checkpoints": checkpoints}[args.what]
+    for name, model in list(found(args.run).items())[part::n_parts]:
         if (model / "config.json").is_file():  # an unfinished one has none
-            judge(name, model, args.n, folder / "base")
+            judge(name, model, args.n, base_run)
 
 
 if __name__ == "__main__":

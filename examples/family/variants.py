@@ -1,0 +1,461 @@
+"""The variants that examples/family/run.sh compares, and the commands that make each of them.
+
+One factor at a time around a default: the objective of stage 1, then the signal, then stage 2 and
+its trust region; all students under one KL budget. A line of the tables below is a variant: drop
+it, change it, add one, and the same command makes what is missing. Every step is a command of this
+repository, written down in RUN/logs, and goes on where it was interrupted. A variant that fails
+does not stop the others; RUN/failed says why, and so does the table of compare.py.
+
+Parts, in this order (--part all: one after the other):
+
+    data        problems, base, rollouts, the base judged
+    teachers    stage 1 of every objective
+    objectives  signal (teacher minus base) and student of each, the same stage 2 for all
+    references  unlearned, recovered and cross-fitted policies; all signals built of them
+    signals     the student of each signal
+    trust       the students of other trust regions
+    stage2      the students of other stage-2 objectives
+    curves      every checkpoint of stage 1 on held-out problems
+    judge       every student on held-out problems
+
+    python examples/family/variants.py --run runs/family/seed1 --seed 1 --part teachers
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+import time
+import types
+from collections import deque
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+import transformers.models.qwen3.modeling_qwen3  # noqa: F401  # once, before the forks below
+
+import common
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# --------------------------------------------------------------------------------------------------
+# The tables: NAME: FLAGS, the most informative first.
+
+TEACHER = "--epochs 2 --save-at 0.5 1 2"
+# Stage 1. Learning rates: the best of a sweep on seed 0.
+OBJECTIVES = {
+    "ce_gentle": "--loss ce --beta 0.5 --learning-rate 2e-4",
+    "mse": "--loss mse --beta 0.3 --learning-rate 2e-4",
+    "grpo": "--loss grpo --learning-rate 2e-4",
+    "sapo": "--loss sapo --learning-rate 3e-4",
+    "ce": "--loss ce --beta 0.05 --learning-rate 1e-4",
+    "nft": "--loss nft --learning-rate 2e-4",
+    "dapo": "--loss dapo --learning-rate 2e-4",
+    "cispo": "--loss cispo --learning-rate 1e-4",
+    "topr": "--loss topr --learning-rate 1e-4",
+    "reinforce": "--loss reinforce --learning-rate 5e-5",
+    "gspo_wide": "--loss gspo --gspo-clip-low 0.05 --gspo-clip-high 0.05 --learning-rate 2e-4",
+    "bapo": "--loss bapo --learning-rate 2e-4",
+    "vespo": "--loss vespo --learning-rate 2e-4",
+    "nsr": "--loss nsr --learning-rate 1e-4",
+    "sft": "--loss sft --learning-rate 2e-4",
+    "weighted_reinforce": "--loss weighted_reinforce --learning-rate 1e-4",
+    "psr": "--loss psr --learning-rate 2e-4",
+    "gspo": "--loss gspo --learning-rate 2e-4",
+}
+# Their students, teacher minus base.
+STUDENT = (
+    "--objective regression --epochs 2 --learning-rate 2e-4 "
+    "--signal-scale 1 --signal-clip 3 --signal-floor 1 --token-kl 0.2"
+)
+
+# Policies that signals are built against, in chains: a later one may start at an earlier.
+REFERENCES = {
+    "mse_unlearned": {
+        "mse_unlearned": "--loss mse --beta 0.3 --invert-rewards --learning-rate 2e-4 "
+        "--epochs 3 --save-at 3",
+    },
+    "ce_unlearned": {
+        "ce_unlearned": "--loss ce --beta 0.5 --ce-prior --invert-rewards --learning-rate 2e-4 "
+        "--epochs 4 --save-at 4",
+        "recovered": "--init {stage1}/ce_unlearned --loss sft --learning-rate 2e-4 "
+        "--epochs 2 --save-at 2",
+    },
+    "collapsed": {
+        "collapsed": "--loss ce --beta 0.05 --unlearn --learning-rate 1e-4 --epochs 1 --save-at 1",
+        "risen": "--init {stage1}/collapsed --loss sft --learning-rate 2e-4 --epochs 2 --save-at 2",
+    },
+}
+# Signals: NAME: (how it is built, its stage 2). Of policies first, then of other signals.
+DEFAULT = "--signal-scale 8 --signal-clip 2.5 --signal-floor 1.5 --token-kl 0.5"
+SIGNALS = {
+    "mse_unlearned": ("--teachers {base} --references {stage1}/mse_unlearned", DEFAULT),
+    "ce_unlearned": (
+        "--teachers {base} --references {stage1}/ce_unlearned",
+        "--signal-scale 4 --signal-clip 4 --signal-floor 1 --token-kl 0.5",
+    ),
+    "strong": (
+        "--teachers {stage1}/ce --references {base}",
+        "--signal-scale 1.5 --signal-clip 2.5 --signal-floor 1.5 --token-kl 0.3",
+    ),
+    "ruined": (
+        "--teachers {stage1}/sapo --references {base}",
+        "--signal-scale 1 --signal-clip 3 --signal-floor 1.5 --token-kl 0.15",
+    ),
+    "recovery": (
+        "--teachers {stage1}/recovered --references {stage1}/ce_unlearned",
+        "--signal-scale 4 --signal-clip 2.5 --signal-floor 1.5 --token-kl 0.5",
+    ),
+    "strong_minus_unlearned": (
+        "--teachers {stage1}/ce --references {stage1}/mse_unlearned",
+        "--signal-scale 1.5 --signal-clip 3 --signal-floor 1.5 --token-kl 0.3",
+    ),
+    "collapsed": (
+        "--teachers {base} --references {stage1}/collapsed",
+        "--signal-scale 1 --signal-clip 3 --signal-floor 1.5 --token-kl 0.15",
+    ),
+    "collapse_recovery": (
+        "--teachers {stage1}/risen --references {stage1}/collapsed",
+        "--signal-scale 1 --signal-clip 3 --signal-floor 1.5 --token-kl 0.15",
+    ),
+    "crossfit": ("", DEFAULT),  # its files are made in a chain of its own
+    "mean": (
+        "--signals {signals}/mse_unlearned.safetensors {signals}/ce_unlearned.safetensors "
+        "--combine mean",
+        "--signal-scale 10 --signal-clip 2.2 --signal-floor 1.5 --token-kl 0.5",
+    ),
+    # The strong teacher and the unlearned policy, the latter 8-fold as in the default: both terms
+    # added, or only where they agree (9: the mean times the sum of the weights).
+    "sum": (
+        "--signals {signals}/strong.safetensors {signals}/mse_unlearned.safetensors "
+        "--weights 1 8 --combine sum",
+        "--signal-scale 1 --signal-clip 2.5 --signal-floor 1.5 --token-kl 0.5",
+    ),
+    "agreement": (
+        "--signals {signals}/strong.safetensors {signals}/mse_unlearned.safetensors "
+        "--weights 1 8 --combine agreement",
+        "--signal-scale 9 --signal-clip 2.5 --signal-floor 1.5 --token-kl 0.5",
+    ),
+    "verdict_aligned": (
+        "--signals {signals}/mse_unlearned.safetensors --verdict aligned",
+        DEFAULT,
+    ),
+    "verdict_scaled": (
+        "--signals {signals}/mse_unlearned.safetensors --verdict scaled",
+        "--objective pg --signal-scale 1 --signal-clip 3 --signal-floor 0 --token-kl inf "
+        "--learning-rate 1e-4",
+    ),
+}
+DEFAULT_SIGNAL = "mse_unlearned"
+SIGNAL_STUDENT = "--objective regression --epochs 3 --learning-rate 3e-4"
+
+# Stage 2, NAME: (signal, what differs from the default). First the trust region.
+TRUST = {
+    "no_token_kl": (DEFAULT_SIGNAL, "--token-kl inf"),
+    "no_floor": (DEFAULT_SIGNAL, "--signal-floor 0"),
+    "no_budget": (DEFAULT_SIGNAL, "--kl-budget inf"),
+    "reanchor": (DEFAULT_SIGNAL, "--reanchor"),
+    "adaptive_kl": (DEFAULT_SIGNAL, "--kl-coef 0.01 --kl-target 0.7"),
+}
+# Then the objective; of a clone, the teacher's name stands for the signal.
+STAGE2 = {
+    "pg": (DEFAULT_SIGNAL, "--objective pg --learning-rate 2e-4"),
+    "pg_wide": (DEFAULT_SIGNAL, "--objective pg --learning-rate 2e-4 --clip-low 0.9 --clip-high 2"),
+    # Extrapolation away from the unlearned reference: policy = U + 9 (base - U) = base + 8 (...).
+    "gopd": (
+        DEFAULT_SIGNAL,
+        "--objective gopd --signal-scale 9 --signal-clip inf --signal-floor 0 --token-kl inf "
+        "--learning-rate 1e-4",
+    ),
+    "exopd_strong": (
+        "strong",
+        "--objective gopd --signal-scale 1.25 --signal-clip inf --signal-floor 0 --token-kl inf "
+        "--learning-rate 1e-4",
+    ),
+    "reverse_kl": ("ce", "--objective reverse_kl"),
+    "forward_kl": ("ce", "--objective forward_kl"),
+    "jsd": ("ce", "--objective jsd"),
+    "topk": ("ce", "--objective topk"),
+    "trrd_strong": ("strong", "--objective trrd --learning-rate 2e-4"),
+    "kdrl_strong": ("strong", "--objective kdrl --learning-rate 2e-4"),
+}
+CLONES = ("reverse_kl", "forward_kl", "jsd", "topk")  # of a teacher: no signal, no bounds of it
+
+# Of all students, nats of the proxy, KL(base || student). It counts deep cuts dearer than the KL
+# that is reported: earlier students ended at proxies of 1.0 (the default's setting), 1.4 and 2.0 (a
+# clip of 5), and at KLs of 0.61, 0.60 and 0.67. At 1.0 the default has just room to end.
+BUDGET = "--kl-budget 1 --kl-budget-action rollback --kl-every 8"
+
+QUICK = ("ce_gentle", "mse_unlearned", "no_floor")  # what --quick makes: one variant of each factor
+PARTS = (
+    "data", "teachers", "objectives", "references", "signals", "trust", "stage2", "curves", "judge",
+)  # fmt: skip
+
+
+@dataclass
+class Args:
+    run: Path
+    """folder to write, such as runs/family/seed1"""
+    part: Literal[
+        "all", "data", "teachers", "objectives", "references", "signals", "trust", "stage2",
+        "curves", "judge",
+    ] = "all"  # fmt: skip
+    """what to make, see the top of this page"""
+    seed: int = 0
+    """of problems, base, rollouts, training and judging"""
+    quick: bool = False
+    """every step in small, one variant of each factor"""
+    jobs: int = 2
+    """commands at a time, one core each"""
+
+
+# --------------------------------------------------------------------------------------------------
+# From a line of a table to commands. A command is a list of words, its first the script.
+
+Chain = list[list[str]]  # commands one after the other
+DATA = "--base {base} --rollouts {run}/rollouts --seed {seed}"
+
+
+def merged(*texts: str) -> list[str]:
+    """Words of all texts; of a flag that comes twice the last.
+
+    >>> merged("--epochs 2 --save-at 1 2", "--epochs 1 --reanchor")
+    ['--epochs', '1', '--save-at', '1', '2', '--reanchor']
+    """
+    flags: dict[str, list[str]] = {}
+    for word in " ".join(texts).split():
+        if word.startswith("--"):
+            flags[word] = values = []
+        else:
+            values.append(word)
+    return [word for flag, values in flags.items() for word in (flag, *values)]
+
+
+def factors() -> dict[str, dict[str, str]]:
+    """{factor: {name: what its line says}} of all students."""
+    return {
+        "objective": OBJECTIVES,
+        "signal": {name: " ".join(line).strip() for name, line in SIGNALS.items()},
+        "trust region": {name: " ".join(line) for name, line in TRUST.items()},
+        "stage 2": {name: " ".join(line) for name, line in STAGE2.items()},
+    }
+
+
+def waves(args: Args, part: str) -> list[dict[str, Chain]]:
+    """Chains by name; those of a wave are independent of each other, and need the wave before."""
+    places = {"run": args.run, "base": args.run / "base", "stage1": args.run / "stage1",
+              "signals": args.run / "signals", "seed": args.seed}  # fmt: skip
+
+    def command(script: str, *flags: str) -> list[str]:
+        return [script, *(word.format(**places) for word in merged(*flags))]
+
+    def stage1(output: str, *flags: str) -> list[str]:
+        small = "--epochs 1 --save-at 1" if args.quick else ""
+        output = f"--output {{run}}/{output}"
+        return command("examples/family/stage1.py", DATA, output, *flags, small)
+
+    def build(name: str, flags: str) -> list[str]:
+        script = "build_signals.py" if "--teachers" in flags else "examples/family/signals.py"
+        data = "--base {base} --rollouts {run}/rollouts"
+        return command(script, data, f"--output {{signals}}/{name}.safetensors", flags)
+
+    def stage2(name: str, *flags: str) -> list[str]:
+        small = "--epochs 1" if args.quick else ""
+        output = f"--output {{run}}/students/{name}"
+        return command("examples/family/stage2.py", DATA, output, BUDGET, *flags, small)
+
+    def student(name: str, signal: str, *flags: str) -> list[str]:
+        return stage2(name, f"--signals {{signals}}/{signal}.safetensors", *flags)
+
+    def clone(name: str, teacher: str, flags: str) -> Chain:
+        settings = "--epochs 3 --learning-rate 2e-4"
+        if name != "topk":
+            return [stage2(name, f"--teacher {{stage1}}/{teacher}", settings, flags)]
+        stored = "{run}/topk.safetensors"
+        score = command("examples/family/score_topk.py", "--rollouts {run}/rollouts --k 8",
+                        f"--teacher {{stage1}}/{teacher} --output {stored}")  # fmt: skip
+        return [score, stage2(name, f"--teacher {stored}", settings, flags)]
+
+    def crossfit() -> Chain:
+        """The default's reference trained on each half of the problems, used on the other."""
+        flags, chain = REFERENCES[DEFAULT_SIGNAL][DEFAULT_SIGNAL], []
+        split = "--rollouts {run}/rollouts --output {run}/crossfit"
+        chain = [command("examples/family/split_rollouts.py", split)]
+        chain += [stage1(f"crossfit/policy{i}", f"--rollouts {{run}}/crossfit/{i}", flags)
+                  for i in (0, 1)]  # fmt: skip
+        chain += [
+            command("build_signals.py", f"--base {{base}} --rollouts {{run}}/crossfit/{i}",
+                    f"--teachers {{base}} --references {{run}}/crossfit/policy{1 - i}",
+                    f"--output {{run}}/crossfit/signals{i}.safetensors")
+            for i in (0, 1)
+        ]  # fmt: skip
+        joined = (
+            "--base {base} --rollouts {run}/rollouts --halves {run}/crossfit/0 {run}/crossfit/1 "
+            "--signals {run}/crossfit/signals0.safetensors {run}/crossfit/signals1.safetensors "
+            "--output {signals}/crossfit.safetensors"
+        )
+        return [*chain, command("examples/family/join_signals.py", joined)]
+
+    def judge(what: str, n: int) -> dict[str, Chain]:
+        flags = f"--run {{run}} --what {what} --n {n} --seed {{seed}} --base-run {{run}}/eval/base"
+        shards = [f"--shard {i}/{args.jobs}" for i in range(args.jobs)]
+        script = "examples/arithmetic/judge.py"
+        return {f"{what}{i}": [command(script, flags, s)] for i, s in enumerate(shards)}
+
+    def chosen(table: dict) -> dict:
+        return {k: v for k, v in table.items() if not args.quick or k in QUICK}
+
+    if part == "data":
+        sampling = "--model {base} --max-new-tokens 128 --seed {seed}"
+        size = "--train 48 --test 64 --steps 150" if args.quick else ""
+        n, n_test = (4, 4) if args.quick else (16, 8)  # test: twice a student's, for the optimum
+        script = "examples/arithmetic/make_base.py"
+        base = command(script, "--output {run} --seed {seed}", size)
+        flags = f"--problems {{run}}/train.jsonl --output {{run}}/rollouts --n {n}"
+        rollouts = command("evaluate.py", sampling, flags)
+        mark = command("examples/arithmetic/annotate.py", "--rollouts {run}/rollouts")
+        flags = f"--problems {{run}}/test.jsonl --output {{run}}/eval/base --n {n_test}"
+        judged = command("evaluate.py", sampling, flags, "--base {base}")
+        return [{"base": [base]}, {"rollouts": [rollouts, mark], "base_judged": [judged]}]
+    if part == "teachers":
+        lines = chosen(OBJECTIVES).items()
+        return [{name: [stage1(f"stage1/{name}", TEACHER, flags)] for name, flags in lines}]
+    if part == "objectives":
+        return [{
+            name: [build(name, f"--teachers {{stage1}}/{name} --references {{base}}"),
+                   student(name, name, STUDENT)]
+            for name in chosen(OBJECTIVES)
+        }]  # fmt: skip
+    if part == "references":
+        policies = {
+            first: [stage1(f"stage1/{name}", flags) for name, flags in chain.items()]
+            for first, chain in chosen(REFERENCES).items()
+        }
+        built = {name: line[0] for name, line in chosen(SIGNALS).items()}
+        if "crossfit" in built:
+            policies["crossfit"] = crossfit()
+        of_policies = {k: [build(k, v)] for k, v in built.items() if "--teachers" in v}
+        of_signals = {k: [build(k, v)] for k, v in built.items() if "--signals" in v}
+        return [policies, of_policies, of_signals]
+    if part == "signals":
+        return [{
+            name: [student(name, name, SIGNAL_STUDENT, flags)]
+            for name, (_, flags) in chosen(SIGNALS).items()
+        }]  # fmt: skip
+    if part in ("trust", "stage2"):
+        table = TRUST if part == "trust" else STAGE2
+        return [{
+            name: clone(name, source, flags) if name in CLONES else
+            [student(name, source, SIGNAL_STUDENT, SIGNALS[source][1], flags)]
+            for name, (source, flags) in chosen(table).items()
+        }]  # fmt: skip
+    if part == "curves":
+        return [judge("checkpoints", 2)]
+    return [judge("students", 2 if args.quick else 4)]
+
+
+# --------------------------------------------------------------------------------------------------
+# Running them: each in a process of its own, forked from this one, which has imported torch.
+
+
+def become(words: list[str], log: Path) -> None:
+    """Turns this process into `python WORDS`, its output appended to the log."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with log.open("ab") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    print("$ python", shlex.join(words), flush=True)
+    torch.set_num_threads(1)
+    sys.argv = words
+    sys.path.insert(0, str((ROOT / words[0]).parent))
+    script = types.ModuleType("__main__")
+    script.__file__ = str(ROOT / words[0])
+    # The second is what multiprocessing calls it: evaluate.py's graders send back its classes.
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = script
+    exec(compile((ROOT / words[0]).read_text(), script.__file__, "exec"), vars(script))
+
+
+def last_words(log: Path) -> str:
+    """What a failed command ended with: its error, or its last line."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error:")]
+    return (errors or lines or ["nothing was printed"])[-1]
+
+
+def run_chains(chains: dict[str, Chain], args: Args, part: str) -> list[str]:
+    """Runs all, `jobs` at a time -> names of those that failed; RUN/failed/PART/NAME says why."""
+    logs, failed_folder = args.run / "logs" / part, args.run / "failed" / part
+    logs.mkdir(parents=True, exist_ok=True)
+    fork, failed = multiprocessing.get_context("fork"), []
+    waiting, running = deque(chains.items()), {}
+    began = {}
+
+    def start(name: str, chain: Chain) -> None:
+        process = fork.Process(target=become, args=(chain[0], logs / f"{name}.log"))
+        process.start()
+        running[process] = (name, chain[1:])
+
+    try:
+        while waiting or running:
+            while waiting and len(running) < args.jobs:
+                name, chain = waiting.popleft()
+                began[name] = time.monotonic()
+                start(name, chain)
+            wait([process.sentinel for process in running])
+            for process in [p for p in running if not p.is_alive()]:
+                process.join()
+                name, rest = running.pop(process)
+                seconds, report = time.monotonic() - began[name], failed_folder / f"{name}.txt"
+                if process.exitcode:
+                    failed.append(name)
+                    why = last_words(logs / f"{name}.log")
+                    with common.atomic(report) as temporary:
+                        temporary.write_text(why + "\n")
+                    print(f"  {name}: FAILED after {seconds:.0f} s: {why}", flush=True)
+                elif rest:
+                    start(name, rest)
+                else:
+                    report.unlink(missing_ok=True)
+                    print(f"  {name}: {seconds:.0f} s", flush=True)
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.join()
+    return failed
+
+
+def main(args: Args) -> None:
+    common.require(args, "jobs", lambda v: v >= 1, "1 or more")
+    kind, kind_file = ("quick" if args.quick else "full"), args.run / "kind"
+    if kind_file.is_file() and kind_file.read_text() != kind:
+        raise common.UserError(f"--run {args.run}: holds a {kind_file.read_text()} run, and this "
+                               f"is a {kind} one; choose another folder")  # fmt: skip
+    with common.atomic(kind_file) as temporary:
+        temporary.write_text(kind)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that running commands end too
+    for part in PARTS if args.part == "all" else (args.part,):
+        start = time.monotonic()
+        print(f"== {part}", flush=True)
+        failed = [name for wave in waves(args, part) for name in run_chains(wave, args, part)]
+        seconds, times = time.monotonic() - start, args.run / "seconds.json"
+        spent = common.read_json(times) if times.is_file() else {}
+        common.write_json(times, spent | {part: spent.get(part, 0) + seconds})
+        print(f"{part}: {seconds:.0f} s", flush=True)
+        if failed and part in ("data", "curves", "judge"):
+            raise common.UserError(
+                f"{part}: {', '.join(failed)} failed; see {args.run}/logs/{part}"
+            )
+    total = sum(common.read_json(args.run / "seconds.json").values())
+    print(f"{args.run}: {total / 60:.1f} minutes so far, all parts and repetitions together")
+
+
+if __name__ == "__main__":
+    common.run(main, Args, __doc__)

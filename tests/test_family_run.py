@@ -1,0 +1,120 @@
+"""examples/family/run.sh in small: one variant of each factor; continued; with a failure."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import compare
+import pytest
+import tyro
+import variants
+
+import common
+import stage2_distill
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = [sys.executable, "examples/family/variants.py", "--quick", "--seed", "3", "--run"]
+
+
+def make(run: Path, *flags: str) -> str:
+    """variants.py --quick -> what it printed; its steps' logs where it failed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*RUN, str(run), *flags], cwd=ROOT, env=environment, text=True, capture_output=True
+    )
+    logs = "".join(f.read_text()[-1000:] for f in run.glob("logs/*/*.log"))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def seed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quick run of all parts."""
+    run = tmp_path_factory.mktemp("family") / "seed3"
+    make(run)
+    return run
+
+
+def test_run_and_its_comparison(seed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not list(seed.glob("failed/*/*"))
+    students = {folder.name for folder in (seed / "students").iterdir()}
+    assert students == set(variants.QUICK)
+    spent = common.read_json(seed / "seconds.json")
+    assert list(spent) == list(variants.PARTS)
+    recorded = common.read_json(seed / "students" / "no_floor" / "args.json")["args"]
+    assert (recorded["signal_floor"], recorded["signal_scale"]) == (0, 8)  # the default but one
+    assert (recorded["kl_budget"], recorded["kl_budget_action"]) == (1, "rollback")
+
+    output = seed.parent / "results.md"
+    compare.main(compare.Args((seed,), output, resamples=40))
+    text, printed = output.read_text(), capsys.readouterr().out
+    for name in variants.QUICK:
+        accuracy = common.read_json(seed / f"eval/student_{name}/metrics.json")["metrics"]
+        row = next(line for line in text.splitlines() if f" | {name} | " in line)
+        assert f"| {accuracy['accuracy'][0]:.3f} |" in row and row in printed
+    assert "| grpo | not made |" in text  # the variants that --quick leaves out
+    assert "| ce_gentle | " in text.split("own early-stopping curve")[1]
+    for figure in ("accuracy_kl", "efficiency"):
+        assert (seed.parent / f"results_{figure}.png").stat().st_size > 10_000
+
+
+def test_what_is_there_is_not_made_again_and_a_failure_is_shown(seed: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(seed, tmp_path / "seed3", symlinks=True)
+    kept = run / "students" / "mse_unlearned" / "model.safetensors"
+    before = kept.stat().st_mtime_ns
+    # The recorded paths are those of the first folder; a copy is a run with other settings.
+    printed = make(run, "--part", "signals")
+    assert "mse_unlearned: FAILED" in printed and "other settings" in printed
+    assert kept.stat().st_mtime_ns == before
+    shutil.rmtree(run / "eval" / "student_mse_unlearned")
+    compare.main(compare.Args((seed, run), tmp_path / "results.md", resamples=40))
+    row = next(line for line in (tmp_path / "results.md").read_text().splitlines()
+               if " | mse_unlearned | " in line)  # fmt: skip
+    assert " | 1 (failed in signals: error: --output " in row
+
+
+def test_same_command_has_nothing_to_do(seed: Path) -> None:
+    models = {f: f.stat().st_mtime_ns for f in seed.glob("st*/*/model.safetensors")}
+    printed = make(seed, "--part", "trust")
+    assert "no_floor: " in printed and "FAILED" not in printed
+    assert models == {f: f.stat().st_mtime_ns for f in seed.glob("st*/*/model.safetensors")}
+
+
+def test_a_quick_run_is_not_continued_as_a_full_one(seed: Path) -> None:
+    with pytest.raises(common.UserError, match="holds a quick run"):
+        variants.main(variants.Args(seed, part="trust"))
+
+
+def test_every_line_of_the_tables_is_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flags that the script takes, policies and signals that an earlier command writes."""
+    clones = dict.fromkeys(variants.CLONES)  # those of examples/family/stage2.py too
+    monkeypatch.setattr(stage2_distill, "CLONES", clones)
+    args, made = variants.Args(tmp_path / "seed1", seed=1), set()
+    compare.numbers()
+    for part in variants.PARTS:
+        for wave in variants.waves(args, part):
+            finished = set()
+            for chain in wave.values():
+                own = set()  # a chain sees what it has made, and what earlier waves have
+                for script, *words in chain:
+                    parsed = tyro.cli(importlib.import_module(Path(script).stem).Args, args=words)
+                    if hasattr(parsed, "check") and script != "examples/family/score_topk.py":
+                        parsed.check()  # that of score_topk.py reads the model
+                    output = str(getattr(parsed, "output", ""))
+                    named = {w for w in words if "/stage1/" in w or "/signals/" in w} - {output}
+                    assert named <= made | own, (part, words)
+                    own.add(output)
+                finished |= own
+            made |= finished
+    for folder, table in {"stage1": variants.OBJECTIVES, "signals": variants.SIGNALS}.items():
+        suffix = ".safetensors" if folder == "signals" else ""
+        assert {f"{args.run}/{folder}/{name}{suffix}" for name in table} <= made
+    for table in variants.factors().values():
+        assert {f"{args.run}/students/{name}" for name in table} <= made

@@ -61,7 +61,7 @@ MIN_LEARNING_RATE_FACTOR = 1 / 16  # rollback: at the fourth halving the budget 
 @dataclass
 class Args:
     base: str
-    """base policy: where the student starts, and what its KL is measured from"""
+    """base policy: where the student starts (but see --init), and what its KL is measured from"""
     rollouts: Path
     """folder written by evaluate.py: the same fixed data as stage 1"""
     output: Path
@@ -70,6 +70,8 @@ class Args:
     """file written by build_signals.py for these rollouts"""
     teacher: str | None = None
     """policy to clone, for forward_kl and reverse_kl"""
+    init: str | None = None
+    """policy to start from instead of the base (targets, ratios and KL stay against the base)"""
 
     objective: Literal["regression", "pg", "forward_kl", "reverse_kl"] = "regression"
     """objective, see the top of this page"""
@@ -370,6 +372,14 @@ def measure_kl_proxy(
     return total[0].item() / len(held_out), total[1:]
 
 
+def check_start(args: Args, spent: float, ranks: Ranks) -> None:
+    """Prints the KL proxy that --init has, nats. Raises UserError where it is past the budget."""
+    ranks.print(f"--init {args.init}: starts at a KL proxy of {spent:.3f} nats")
+    if args.kl_budget is not None and not spent <= args.kl_budget:
+        raise UserError(f"--kl-budget {args.kl_budget}: --init {args.init} starts past it, at "
+                        f"{spent:.3f} nats; raise it, or start nearer to --base")  # fmt: skip
+
+
 def forward_row(
     policy: Policy, teacher: Callable[..., Any] | None, row: Row, temperature: float,
     /, objective: str, **settings: Any,
@@ -405,7 +415,9 @@ def main(args: Args) -> None:
         path = Path(args.teacher)
         inputs["teacher"] = fingerprint(path if path.is_file() else model_folder(args.teacher))
         teacher = CLONES[args.objective][0](args, rollouts, ranks)
-    check_vocabulary([args.base], rollouts)
+    if args.init:
+        inputs["init"] = fingerprint(model_folder(args.init))
+    check_vocabulary([args.base] + [args.init] * bool(args.init), rollouts)
     trained, held_out = split_problems(rollouts, args.kl_holdout, args.seed)
     tokenizer = load_tokenizer(args.base)
     policy = load_policy(args.base, ranks, train=True, **vars(args))
@@ -421,15 +433,22 @@ def main(args: Args) -> None:
     if args.signals:
         print_targets(args, signal, target, rollouts, ranks)
 
+    if args.init:
+        del policy  # one model in memory at a time
+        policy = load_policy(args.init, ranks, train=True, **vars(args))
     optimizer = make_optimizer(policy, args.learning_rate, args.weight_decay)
     state = load_checkpoint(args.output, policy, optimizer, ranks)
     measure = functools.partial(
         measure_kl_proxy, policy, rollouts, held_out, base_logprobs, temperature, args, ranks
     )
     if not state:
-        check_noise(measure()[1], "student minus base log-probs", args.max_noise, ranks)
+        spent, noise = measure()
+        if args.init:
+            check_start(args, spent, ranks)
+        else:
+            check_noise(noise, "student minus base log-probs", args.max_noise, ranks)
         state = {"step": 0, "learning_rate_factor": 1.0, "kl_coef": args.kl_coef}
-        save_checkpoint(args.output, state, policy, optimizer, ranks)  # the base: in any budget
+        save_checkpoint(args.output, state, policy, optimizer, ranks)  # a way back: in the budget
     step = state["step"]
     log = MetricsLog(args.output, step, ranks)
     steps_per_epoch = -(-len(trained) // args.batch_size)

@@ -65,11 +65,7 @@ def make_tokenizer() -> Any:
 
 def make_problems(n_train: int, n_test: int, seed: int) -> tuple[list[dict], list[dict]]:
     """Distinct problems, so that no held-out one is trained on; answers are exact."""
-    rng, seen = random.Random(f"problems-{seed}"), {}
-    while len(seen) < n_train + n_test:
-        problem = scribe.make_problem(rng)
-        seen.setdefault(problem, str(scribe.solve(problem)[-1][2]))
-    rows = [{"problem": problem, "answer": answer} for problem, answer in seen.items()]
+    rows = scribe.make_problems(n_train + n_test, random.Random(f"problems-{seed}"), set())
     train = [{"id": f"train-{i}"} | row for i, row in enumerate(rows[:n_train])]
     test = [{"id": f"test-{i}"} | row for i, row in enumerate(rows[n_train:])]
     overlap = {row["problem"] for row in train} & {row["problem"] for row in test}

@@ -40,6 +40,16 @@ def make_problem(rng: random.Random) -> str:
     return text + "=?"
 
 
+def make_problems(n: int, rng: random.Random, taken: set[str]) -> list[dict[str, str]]:
+    """n rows {"problem", "answer"}, distinct and none of `taken`; answers are exact."""
+    found: dict[str, str] = {}
+    while len(found) < n:
+        problem = make_problem(rng)
+        if problem not in taken:
+            found.setdefault(problem, str(solve(problem)[-1][2]))
+    return [{"problem": problem, "answer": answer} for problem, answer in found.items()]
+
+
 def solve(problem: str) -> list[tuple[int, int, int]]:
     """The correct steps (before, signed operand, after)."""
     numbers = [int(x) for x in re.findall(r"[+-]?\d+", problem.removesuffix("=?"))]

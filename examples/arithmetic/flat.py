@@ -1,0 +1,43 @@
+"""Has training reached its plateau? Prints "flat" or "rising".
+
+    flat: the last accuracy is at most GAIN above the one OVER rounds before
+
+Reads   metrics.json of the evaluations of consecutive rounds.
+
+    python examples/arithmetic/flat.py --judged watched/round0 watched/round1 watched/round2
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import common
+
+
+@dataclass
+class Args:
+    judged: tuple[Path, ...]
+    """folders of evaluate.py, one a round, on the same problems"""
+    gain: float = 0.01
+    """accuracy that counts as a gain"""
+    over: int = 2
+    """rounds it may take"""
+
+
+def is_flat(accuracies: list[float], gain: float, over: int) -> bool:
+    """Whether the last accuracy exceeds the one `over` rounds before by `gain` at most."""
+    return len(accuracies) > over and accuracies[-1] - accuracies[-1 - over] <= gain
+
+
+def main(args: Args) -> None:
+    metrics = [common.read_json(folder / "metrics.json")["metrics"] for folder in args.judged]
+    accuracies = [row["accuracy"][0] for row in metrics]
+    print("flat" if is_flat(accuracies, args.gain, args.over) else "rising")
+
+
+if __name__ == "__main__":
+    common.run(main, Args, __doc__)

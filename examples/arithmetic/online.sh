@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Stage 2 offline and online: fixed rollouts of the base, or fresh ones of the student every epoch.
+#
+#   bash examples/arithmetic/online.sh            # runs/arithmetic/seed0/online/online.md, .json
+#   SEED=1 or QUICK=1 as in run.sh
+#
+# Both start with one epoch on the base's rollouts. Then, TURNS - 1 times, online samples from the
+# student (the same problems), has the same teacher and reference score that, and goes on from the
+# student (--init); targets, ratios and KL stay against the base. Offline goes on with what it has.
+# Interrupted, the same command goes on where it stopped. Settings were tuned on seed 0.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+HERE=online
+source examples/arithmetic/steps.sh
+if [ "$KIND" = quick ]; then TURNS=2; else TURNS=${TURNS:-3}; fi
+JUDGED=$HERE/judged
+
+offline() {
+  student "$RUN/base" "$RUN/rollouts" "$HERE/signals.safetensors" "$HERE/offline" --epochs $TURNS
+  judge_base "$JUDGED" "$RUN/test.jsonl"
+  judge_policy "$HERE/offline" "$JUDGED" offline "$RUN/test.jsonl"
+}
+online() {
+  local turn here policy=$HERE/turn1/student
+  student "$RUN/base" "$RUN/rollouts" "$HERE/signals.safetensors" "$policy" --epochs 1
+  for ((turn = 2; turn <= TURNS; turn++)); do
+    here=$HERE/turn$turn
+    mkdir -p "$here"
+    cp "$RUN/train.jsonl" "$here/train.jsonl"
+    sample "$policy" "$here"
+    signals "$RUN/base" "$here/rollouts" "$HERE/unlearned" "$here/signals.safetensors" \
+      --behavior "$policy"
+    student "$RUN/base" "$here/rollouts" "$here/signals.safetensors" "$here/student" --epochs 1 \
+      --init "$policy"
+    policy=$here/student
+  done
+}
+
+say "problems, base, its rollouts"
+base_and_rollouts
+say "the unlearned policy, and base minus it"
+unlearn "$RUN/base" "$RUN/rollouts" "$HERE/unlearned"
+signals "$RUN/base" "$RUN/rollouts" "$HERE/unlearned" "$HERE/signals.safetensors"
+say "stage 2 online; in the background offline"
+beside offline offline
+online
+join
+say "evaluation on held-out problems"
+table=("$JUDGED/base" "$JUDGED/offline")
+for ((turn = 1; turn <= TURNS; turn++)); do
+  judge_policy "$HERE/turn$turn/student" "$JUDGED" turn$turn "$RUN/test.jsonl"
+  table+=("$JUDGED/turn$turn")
+done
+"$PYTHON" examples/arithmetic/rounds.py --output "$HERE/online" --judged "${table[@]}" \
+  --pair turn$TURNS:offline turn$TURNS:turn1

@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# Where ordinary on-policy training has come to its end, does the method still gain?
+#
+#   bash examples/arithmetic/plateau.sh           # runs/arithmetic/seed0/plateau/plateau.md, .json
+#   SEED=1 or QUICK=1 as in run.sh
+#
+# 1. GRPO rounds: fresh problems, fresh rollouts, one epoch; until accuracy on watched problems gained
+#    no more than 0.01 in two rounds, or MAX_ROUNDS. The watched problems are neither trained nor
+#    judged on: a rule that stops at a bad draw must not make what comes next look good.
+# 2. From that policy, on the same fresh rollouts: the method (erpd), and as rivals one epoch of GRPO
+#    (grpo1), two epochs (grpo2_same), and a second round on rollouts of its own (grpo2_fresh).
+# Interrupted, the same command goes on where it stopped. Settings were tuned on seed 0.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+HERE=plateau
+source examples/arithmetic/steps.sh
+if [ "$KIND" = quick ]; then MAX_ROUNDS=2; else MAX_ROUNDS=${MAX_ROUNDS:-10}; fi
+GRPO="--loss grpo --learning-rate 2e-4"
+WATCHED=$HERE/watched JUDGED=$HERE/judged
+
+grpo() { # grpo POLICY FOLDER OUTPUT EPOCHS
+  "$PYTHON" stage1_extreme.py --base "$1" --rollouts "$2/rollouts" --output "$3" --epochs "$4" \
+    --seed "$SEED" $GRPO
+}
+fresh() { # fresh POLICY NUMBER: rollouts of the policy on problems of their own
+  problems "round$2" "$HERE/round$2/train.jsonl"
+  sample "$1" "$HERE/round$2"
+}
+watch() { # watch POLICY NUMBER
+  if [ "$2" = 0 ]; then judge_base "$WATCHED" "$HERE/watched.jsonl"
+  else judge_policy "$1" "$WATCHED" "round$2" "$HERE/watched.jsonl"; fi
+}
+
+say "problems, base, its rollouts"
+base_and_rollouts
+problems watched "$HERE/watched.jsonl"
+mkdir -p "$HERE/round1"
+[ -e "$HERE/round1/rollouts" ] || ln -s "../../rollouts" "$HERE/round1/rollouts"
+
+policy=$RUN/base
+watched=("$WATCHED/base")
+for ((round = 1; ; round++)); do
+  here=$HERE/round$round
+  say "fresh rollouts of GRPO round $((round - 1)); in the background it is watched"
+  beside "watch$((round - 1))" watch "$policy" $((round - 1))
+  [ $round = 1 ] || fresh "$policy" $round
+  join
+  verdict=$("$PYTHON" examples/arithmetic/flat.py --judged "${watched[@]}")
+  if [ $round -gt "$MAX_ROUNDS" ] || [ "$verdict" = flat ]; then break; fi
+  say "GRPO round $round"
+  grpo "$policy" "$here" "$here/policy" 1
+  policy=$here/policy
+  watched+=("$WATCHED/round$round")
+done
+"$PYTHON" examples/arithmetic/rounds.py --output "$HERE/watched" --judged "${watched[@]}"
+say "after $((round - 1)) GRPO rounds: $verdict"
+
+# here: the folder with the plateau's own rollouts
+by_the_method() {
+  unlearn "$policy" "$here/rollouts" "$HERE/unlearned"
+  signals "$policy" "$here/rollouts" "$HERE/unlearned" "$HERE/signals.safetensors"
+  student "$policy" "$here/rollouts" "$HERE/signals.safetensors" "$HERE/erpd" --epochs $STUDENT_EPOCHS
+  judge_base "$JUDGED" "$RUN/test.jsonl"
+  judge_policy "$policy" "$JUDGED" plateau "$RUN/test.jsonl"
+  judge_policy "$HERE/erpd" "$JUDGED" erpd "$RUN/test.jsonl"
+}
+by_more_grpo() {
+  grpo "$policy" "$here" "$HERE/grpo" 2
+  fresh "$HERE/grpo/checkpoints/epoch-001.000" $((round + 1))
+  grpo "$HERE/grpo/checkpoints/epoch-001.000" "$HERE/round$((round + 1))" "$HERE/grpo2_fresh" 1
+}
+say "from there: the method; in the background more GRPO"
+beside grpo by_more_grpo
+by_the_method
+join
+say "evaluation on held-out problems"
+judge_policy "$HERE/grpo/checkpoints/epoch-001.000" "$JUDGED" grpo1 "$RUN/test.jsonl"
+judge_policy "$HERE/grpo" "$JUDGED" grpo2_same "$RUN/test.jsonl"
+judge_policy "$HERE/grpo2_fresh" "$JUDGED" grpo2_fresh "$RUN/test.jsonl"
+names="plateau erpd grpo1 grpo2_same grpo2_fresh"
+"$PYTHON" examples/arithmetic/rounds.py --output "$HERE/plateau" \
+  --judged "$JUDGED/base" $(printf "$JUDGED/%s " $names) \
+  --step $(printf '%s:plateau ' erpd grpo1 grpo2_same grpo2_fresh) \
+  --pair $(printf 'erpd:%s ' plateau grpo1 grpo2_same grpo2_fresh) grpo2_fresh:plateau

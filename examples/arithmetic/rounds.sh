@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Rounds of the method: the student becomes the base, with fresh problems and fresh rollouts.
+#
+#   bash examples/arithmetic/rounds.sh              # runs/arithmetic/seed0/rounds/rounds.md, .json
+#   ROUNDS=5 bash examples/arithmetic/rounds.sh     # goes on from three
+#   SEED=1 or QUICK=1 as in run.sh
+#
+# Every round: sample from its base, unlearn on that, signals base minus unlearned, student. Judged on
+# the same held-out problems, its KL from the very first base and from the base of its round.
+# Interrupted, the same command goes on where it stopped. Settings were tuned on seed 0.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+HERE=rounds
+source examples/arithmetic/steps.sh
+ROUNDS=${ROUNDS:-3}
+JUDGED=$HERE/judged
+
+one_round() { # one_round FOLDER BASE: FOLDER/rollouts are there
+  unlearn "$2" "$1/rollouts" "$1/unlearned"
+  signals "$2" "$1/rollouts" "$1/unlearned" "$1/signals.safetensors"
+  student "$2" "$1/rollouts" "$1/signals.safetensors" "$1/student" --epochs $STUDENT_EPOCHS
+}
+
+say "problems, base, its rollouts"
+base_and_rollouts
+mkdir -p "$HERE/round1"
+[ -e "$HERE/round1/rollouts" ] || ln -s "../../rollouts" "$HERE/round1/rollouts"
+table=(--judged "$JUDGED/base") steps=()
+base=$RUN/base
+for ((round = 1; round <= ROUNDS; round++)); do
+  here=$HERE/round$round
+  say "round $round; in the background its base is judged"
+  if [ $round = 1 ]; then
+    beside judge0 judge_base "$JUDGED" "$RUN/test.jsonl"
+  else
+    beside judge$((round - 1)) judge_policy "$base" "$JUDGED" round$((round - 1)) "$RUN/test.jsonl"
+    steps+=("round$round:round$((round - 1))")
+    problems round$round "$here/train.jsonl"
+    sample "$base" "$here"
+  fi
+  one_round "$here" "$base"
+  join
+  table+=("$JUDGED/round$round")
+  base=$here/student
+done
+
+say "the last student on held-out problems"
+judge_policy "$base" "$JUDGED" round$ROUNDS "$RUN/test.jsonl"
+[ ${#steps[@]} = 0 ] || table+=(--step "${steps[@]}" --pair "${steps[@]}")
+"$PYTHON" examples/arithmetic/rounds.py --output "$HERE/rounds" "${table[@]}"

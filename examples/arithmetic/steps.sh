@@ -1,0 +1,93 @@
+# What rounds.sh, plateau.sh and online.sh share: run folder, settings, and the steps as functions.
+# They source it from the repository root, with HERE set to the name of their own subfolder. The base
+# and the first rollouts are those of run.sh: same commands, same folder, made once.
+source tests/setup.sh
+
+SEED=${SEED:-0}
+RUN=${RUN:-runs/arithmetic/seed$SEED}
+if [ "${QUICK:-0}" = 1 ]; then KIND=quick; else KIND=full; fi
+# A full and a quick run share the name; the other one is kept aside and comes back when asked for.
+other=$(cat "$RUN/kind" 2>/dev/null || echo "$KIND")
+if [ "$other" != "$KIND" ]; then
+  mv "$RUN" "$RUN.$other"
+  if [ -d "$RUN.$KIND" ]; then mv "$RUN.$KIND" "$RUN"; fi
+fi
+HERE=$RUN/$HERE
+mkdir -p "$HERE/logs"
+echo "$KIND" > "$RUN/kind"
+
+if [ "$KIND" = quick ]; then
+  BASE="--train 48 --test 64 --steps 150"
+  TRAIN=48 N=4 EVAL_N=2 UNLEARN_EPOCHS=1 STUDENT_EPOCHS=1
+else
+  BASE="" TRAIN=512 N=16 EVAL_N=8 UNLEARN_EPOCHS=3 STUDENT_EPOCHS=3
+fi
+# The best signal found so far on seed 0 (docs/family.md): base minus an MSE-unlearned policy, a large
+# scale with a small clip.
+UNLEARN="--loss mse --beta 0.3 --invert-rewards --learning-rate 2e-4 --epochs $UNLEARN_EPOCHS"
+STUDENT="--signal-scale 8 --signal-clip 2.5 --signal-floor 1.5 --token-kl 0.5 --learning-rate 3e-4"
+SAMPLE="--max-new-tokens 128 --seed $SEED"
+
+say() { printf '\n== %s\n' "$1"; }
+
+base_and_rollouts() { # of run.sh: RUN/base, train.jsonl, test.jsonl, rollouts
+  "$PYTHON" examples/arithmetic/make_base.py --output "$RUN" --seed "$SEED" $BASE
+  sample "$RUN/base" "$RUN"
+}
+TAKEN=("$RUN/train.jsonl" "$RUN/test.jsonl")
+problems() { # problems NAME FILE: fresh ones, none that was used before
+  [ -f "$2" ] || "$PYTHON" examples/arithmetic/problems.py --name "$1" --output "$2" --n "$TRAIN" \
+    --seed "$SEED" --without "${TAKEN[@]}"
+  TAKEN+=("$2")
+}
+sample() { # sample MODEL FOLDER: FOLDER/rollouts on FOLDER/train.jsonl, first wrong tokens marked
+  "$PYTHON" evaluate.py --model "$1" --problems "$2/train.jsonl" --output "$2/rollouts" --n $N $SAMPLE
+  if [ ! -f "$2/annotated" ]; then
+    "$PYTHON" examples/arithmetic/annotate.py --rollouts "$2/rollouts"
+    touch "$2/annotated"
+  fi
+}
+unlearn() { # unlearn BASE ROLLOUTS OUTPUT
+  "$PYTHON" stage1_extreme.py --base "$1" --rollouts "$2" --output "$3" --seed "$SEED" $UNLEARN
+}
+signals() { # signals BASE ROLLOUTS UNLEARNED OUTPUT FLAGS...: base minus unlearned
+  local base=$1 rollouts=$2 unlearned=$3 output=$4
+  shift 4
+  "$PYTHON" build_signals.py --rollouts "$rollouts" --base "$base" --teachers "$base" \
+    --references "$unlearned" --output "$output" "$@"
+}
+student() { # student BASE ROLLOUTS SIGNALS OUTPUT FLAGS...
+  local base=$1 rollouts=$2 signals=$3 output=$4
+  shift 4
+  "$PYTHON" stage2_distill.py --base "$base" --rollouts "$rollouts" --signals "$signals" \
+    --output "$output" --seed "$SEED" $STUDENT "$@"
+}
+judge() { # judge MODEL FOLDER PROBLEMS FLAGS...: FOLDER/base is the base's own
+  local model=$1 output=$2 problems=$3
+  shift 3
+  "$PYTHON" evaluate.py --model "$model" --problems "$problems" --output "$output" $SAMPLE "$@"
+}
+judge_base() { # judge_base FOLDER PROBLEMS: twice the samples, its rate enters every efficiency
+  judge "$RUN/base" "$1/base" "$2" --n $((2 * EVAL_N))
+}
+judge_policy() { # judge_policy MODEL FOLDER NAME PROBLEMS: KL from where everything began
+  judge "$1" "$2/$3" "$4" --n "$EVAL_N" --base "$RUN/base" --base-run "$2/base"
+}
+
+# Two independent jobs at a time, one core each: one shows its progress, the other writes a log.
+ALONE=${OMP_NUM_THREADS:-2}
+export OMP_NUM_THREADS=$ALONE
+beside() { # beside LOGNAME JOB ARGUMENTS...: in the background
+  local log=$HERE/logs/$1.log
+  shift
+  export OMP_NUM_THREADS=1
+  "$@" > "$log" 2>&1 &
+  BESIDE=$! BESIDE_LOG=$log
+}
+join() { # waits for the job in the background
+  export OMP_NUM_THREADS=$ALONE
+  wait "$BESIDE" && return
+  echo "error: a step failed; the end of $BESIDE_LOG:" >&2
+  tail -n 20 "$BESIDE_LOG" >&2
+  exit 1
+}

@@ -15,7 +15,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 HERE=plateau
 source examples/arithmetic/steps.sh
 if [ "$KIND" = quick ]; then MAX_ROUNDS=2; else MAX_ROUNDS=${MAX_ROUNDS:-10}; fi
-GRPO="--loss grpo --learning-rate 2e-4"
 WATCHED=$HERE/watched JUDGED=$HERE/judged
 
 grpo() { # grpo POLICY FOLDER OUTPUT EPOCHS

@@ -258,8 +258,6 @@ CASES = [
          ("small", "vocabulary")),
     Case("stage 2: init of another vocabulary", STAGE2 + " --init {small}",
          ("small", "vocabulary")),
-    Case("stage 2: init past the budget", STAGE2 + " --init {other} --kl-budget 1e-6",
-         ("--kl-budget 1e-06", "--init", "starts past it")),
     Case("evaluate: base of another vocabulary", EVALUATE + " --base {small}",
          ("small", "vocabulary")),
     # rollouts

@@ -138,6 +138,8 @@ def test_budget_goes_back_to_the_init(tmp_path: Path) -> None:
     ours, theirs = (load_file(Path(folder) / "model.safetensors") for folder in (back, other))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert len(common.read_jsonl(back / "metrics.jsonl")) == 1
+    with pytest.raises(common.UserError, match=r"--kl-budget .* starts past it"):
+        distil(tmp_path / "past", init=other, kl_budget=start * 0.99)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -153,8 +153,9 @@ def score_policies(
     """{model: log-probs [N]}, each policy scored once; finished ones are kept beside the output."""
     parts = args.output.with_name(args.output.name + ".parts")
     scored: dict[str, Tensor] = {}
+    data = fingerprint(rollouts.path)
     for model, fingerprint_ in prints.items():
-        part = parts / f"{fingerprint_}-{fingerprint(rollouts.path)}.safetensors"
+        part = parts / f"{fingerprint_}-{data}.safetensors"
         if part.is_file():
             values = load_tensors(part, {"logprobs": torch.float32})[0]["logprobs"]
         else:

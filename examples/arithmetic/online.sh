@@ -7,7 +7,8 @@
 # Both start with one epoch on the base's rollouts. Then, TURNS - 1 times, online samples from the
 # student (the same problems), has the same teacher and reference score that, and goes on from the
 # student (--init); targets, ratios and KL stay against the base. Offline goes on with what it has.
-# Interrupted, the same command goes on where it stopped. Settings were tuned on seed 0.
+# Interrupted, the same command goes on where it stopped. The student's settings were chosen on seed 0
+# for one round; nothing was tuned for what is done here.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 HERE=online

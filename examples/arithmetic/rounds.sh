@@ -7,7 +7,8 @@
 #
 # Every round: sample from its base, unlearn on that, signals base minus unlearned, student. Judged on
 # the same held-out problems, its KL from the very first base and from the base of its round.
-# Interrupted, the same command goes on where it stopped. Settings were tuned on seed 0.
+# Interrupted, the same command goes on where it stopped. The student's settings were chosen on seed 0
+# for one round; nothing was tuned for what is done here.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 HERE=rounds

@@ -49,7 +49,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # The tables: NAME: FLAGS, the most informative first.
 
 TEACHER = "--epochs 2 --save-at 0.5 1 2"
-# Stage 1. Learning rates: the best of a sweep on seed 0.
+# Stage 1. Learning rates: a first guess on seed 0, mostly one tried for each.
 OBJECTIVES = {
     "ce_gentle": "--loss ce --beta 0.5 --learning-rate 2e-4",
     "mse": "--loss mse --beta 0.3 --learning-rate 2e-4",

@@ -197,11 +197,20 @@ def test_bad_input_is_named(changes, named, tmp_path):
 # Two halves
 
 
-def test_halves_are_even_and_the_seed_decides():
-    half = split_rollouts.half_of_problems(9, 0)
+def test_parts_have_the_share_asked_for_and_the_seed_decides():
+    half = split_rollouts.part_of_problems(9, 0.5, 0)
     assert half.sum() == 4
-    assert torch.equal(half, split_rollouts.half_of_problems(9, 0))
-    assert any(not torch.equal(half, split_rollouts.half_of_problems(9, s)) for s in (1, 2, 3))
+    assert torch.equal(half, split_rollouts.part_of_problems(9, 0.5, 0))
+    others = [split_rollouts.part_of_problems(9, 0.5, s) for s in (1, 2, 3)]
+    assert any(not torch.equal(half, other) for other in others)
+    assert split_rollouts.part_of_problems(512, 1 / 16, 0).sum() == 32
+
+
+@pytest.mark.parametrize("share", (0.0, 1.0, 0.01))
+def test_a_share_that_leaves_a_part_empty_is_refused(tmp_path, share):
+    args = split_rollouts.Args(tiny.setting() / "rollouts", tmp_path / "parts", share)
+    with pytest.raises(common.UserError, match="--share|too few"):
+        split_rollouts.main(args)
 
 
 def test_take_keeps_whole_responses(rollouts):

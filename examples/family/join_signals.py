@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from split_rollouts import half_of_problems, response_tokens
+from split_rollouts import part_of_problems, response_tokens
 
 from build_signals import diagnose, is_complete, print_report
 
@@ -70,7 +70,8 @@ def main(args: Args) -> None:
                             "give halves and signals in the order 0, 1")  # fmt: skip
         check_teachers(metadata, half, metadata["rollouts"])
         n_problems = int(rollouts.problem_index.max()) + 1
-        of = half_of_problems(n_problems, part.metadata["half_seed"])
+        share, seed = part.metadata["half_share"], part.metadata["half_seed"]
+        of = part_of_problems(n_problems, share, seed)
         where = response_tokens(rollouts, of[rollouts.problem_index.long()] == number)
         if not torch.equal(rollouts.tokens[where], part.tokens):
             raise UserError(f"--halves {half}: its tokens are not those of {args.rollouts}; "

@@ -1,4 +1,4 @@
-"""Splits a rollouts folder into two halves by problem, for cross-fitted signals.
+"""Splits a rollouts folder into two parts by problem, halves for cross-fitted signals.
 
 A teacher remembers the responses that it was trained on; its signal on them is partly memory. So
 train one teacher on each half, score each half with the *other* one, and join the two files:
@@ -9,8 +9,10 @@ train one teacher on each half, score each half with the *other* one, and join t
     python examples/family/join_signals.py --rollouts D --halves halves/0 halves/1 \\
         --signals F0.safetensors F1.safetensors --output F.safetensors
 
+With --share below one half OUTPUT/1 is a small part, for a teacher that shall learn it by heart.
+
 Writes OUTPUT/0 and OUTPUT/1: rollouts.safetensors, samples.jsonl, problems.jsonl, problems numbered
-anew; the metadata name the whole and the seed, by which join_signals.py finds each response.
+anew; the metadata name whole, share and seed, by which join_signals.py finds each response.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ import torch
 from torch import Tensor
 
 from common import (  # isort: skip
-    Rollouts, UserError, fingerprint, load_rollouts, read_jsonl, run, save_rollouts, write_jsonl,
+    Rollouts, UserError, fingerprint, load_rollouts, read_jsonl, require, run, save_rollouts,
+    write_jsonl,
 )  # fmt: skip
 
 
@@ -34,15 +37,18 @@ class Args:
     rollouts: Path
     """folder written by evaluate.py"""
     output: Path
-    """folder for the halves, OUTPUT/0 and OUTPUT/1"""
+    """folder for the two parts, OUTPUT/0 and OUTPUT/1"""
+    share: float = 0.5
+    """share of the problems in OUTPUT/1"""
     seed: int = 0
-    """choice of the problems of each half"""
+    """choice of the problems of each part"""
 
 
-def half_of_problems(n_problems: int, seed: int) -> Tensor:
-    """0 or 1 for each problem [n_problems] int64, sizes equal up to one."""
+def part_of_problems(n_problems: int, share: float, seed: int) -> Tensor:
+    """0 or 1 for each problem [n_problems] int64; floor(share n_problems) of them 1."""
     order = torch.randperm(n_problems, generator=torch.Generator().manual_seed(seed))
-    return torch.zeros(n_problems, dtype=torch.int64).index_fill(0, order[: n_problems // 2], 1)
+    chosen = order[: int(n_problems * share)]
+    return torch.zeros(n_problems, dtype=torch.int64).index_fill(0, chosen, 1)
 
 
 def response_tokens(rollouts: Rollouts, chosen: Tensor) -> Tensor:
@@ -66,6 +72,7 @@ def take(rollouts: Rollouts, chosen: Tensor, path: Path) -> Rollouts:
 
 
 def main(args: Args) -> None:
+    require(args, "share", lambda v: 0 < v < 1, "between 0 and 1")
     rollouts = load_rollouts(args.rollouts)
     problems = read_jsonl(args.rollouts / "problems.jsonl")
     samples = read_jsonl(args.rollouts / "samples.jsonl")
@@ -73,14 +80,15 @@ def main(args: Args) -> None:
         raise UserError(f"{args.rollouts}/samples.jsonl: {len(samples)} lines for "
                         f"{len(rollouts.rewards)} responses; copy the folder again")  # fmt: skip
     present = rollouts.problem_index.long().unique()
-    half = half_of_problems(int(rollouts.problem_index.max()) + 1, args.seed)
+    half = part_of_problems(int(rollouts.problem_index.max()) + 1, args.share, args.seed)
     for number in (0, 1):
         chosen = half[rollouts.problem_index.long()] == number
         if not chosen.any():
-            raise UserError(f"{args.rollouts}: {len(present)} problems; too few for two halves")
+            raise UserError(f"{args.rollouts}: {len(present)} problems; too few for two parts")
         folder = args.output / str(number)
         made = take(rollouts, chosen, folder / "rollouts.safetensors")
-        part = {"half_of": fingerprint(rollouts.path), "half": number, "half_seed": args.seed}
+        part = {"half_of": fingerprint(rollouts.path), "half": number, "half_seed": args.seed,
+                "half_share": args.share}  # fmt: skip
         kept = [i for i in present.tolist() if half[i] == number]
         write_jsonl(folder / "problems.jsonl", [problems[i] for i in kept])
         numbers = chosen.nonzero()[:, 0].tolist()

@@ -88,6 +88,11 @@ REFERENCES = {
         "recovered": "--init {stage1}/ce_unlearned --loss sft --learning-rate 2e-4 "
         "--epochs 2 --save-at 2",
     },
+    # By heart: one problem in sixteen, its responses forty times. {run}/few is made by a split.
+    "memorised": {
+        "memorised": "--rollouts {run}/few/1 --loss ce --beta 0.05 --learning-rate 3e-4 "
+        "--batch-size 64 --epochs 40 --save-at 40",
+    },
     "collapsed": {
         "collapsed": "--loss ce --beta 0.05 --unlearn --learning-rate 1e-4 --epochs 1 --save-at 1",
         "risen": "--init {stage1}/collapsed --loss sft --learning-rate 2e-4 --epochs 2 --save-at 2",
@@ -108,6 +113,18 @@ SIGNALS = {
     "ruined": (
         "--teachers {stage1}/sapo --references {base}",
         "--signal-scale 1 --signal-clip 3 --signal-floor 1.5 --token-kl 0.15",
+    ),
+    "ruined_minus_unlearned": (
+        "--teachers {stage1}/sapo --references {stage1}/mse_unlearned",
+        "--signal-scale 1 --signal-clip 3 --signal-floor 1.5 --token-kl 0.15",
+    ),
+    "memorised": (
+        "--teachers {stage1}/memorised --references {base}",
+        "--signal-scale 1.5 --signal-clip 3 --signal-floor 3 --token-kl 0.3",
+    ),
+    "memorised_minus_unlearned": (
+        "--teachers {stage1}/memorised --references {stage1}/mse_unlearned",
+        "--signal-scale 1.5 --signal-clip 3 --signal-floor 3 --token-kl 0.3",
     ),
     "recovery": (
         "--teachers {stage1}/recovered --references {stage1}/ce_unlearned",
@@ -341,6 +358,10 @@ def waves(args: Args, part: str) -> list[dict[str, Chain]]:
         built = {name: line[0] for name, line in chosen(SIGNALS).items()}
         if "crossfit" in built:
             policies["crossfit"] = crossfit()
+        if "memorised" in policies:
+            few = "--rollouts {run}/rollouts --output {run}/few --share 0.0625"
+            split = command("examples/family/split_rollouts.py", few)
+            policies["memorised"] = [split, *policies["memorised"]]
         of_policies = {k: [build(k, v)] for k, v in built.items() if "--teachers" in v}
         of_signals = {k: [build(k, v)] for k, v in built.items() if "--signals" in v}
         return [policies, of_policies, of_signals]

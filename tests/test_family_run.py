@@ -63,6 +63,27 @@ def test_run_and_its_comparison(seed: Path, capsys: pytest.CaptureFixture[str]) 
         assert (seed.parent / f"results_{figure}.png").stat().st_size > 10_000
 
 
+def test_blame_equals_brute_force(seed: Path) -> None:
+    """Token by token: which first wrong ones is the student asked to lower, and which others?"""
+    rollouts, anything = common.load_rollouts(seed / "rollouts"), 0
+    for name in ("mse_unlearned", "ce_gentle"):
+        student = seed / "students" / name
+        flags = common.read_json(student / "args.json")["args"]
+        arrays = common.load_tensors(Path(flags["signals"]), {})[0]
+        target = stage2_distill.bounded_target(arrays["signal"], arrays["base_logprobs"], **flags)
+        firsts, found = 0, 0
+        for s, first in enumerate(rollouts.first_wrong_token.tolist()):
+            if rollouts.rewards[s] == 0 and first > 0:
+                firsts += 1
+                found += bool(target[rollouts.cu_seqlens[s] + first] < 0)
+        asked = int((target < 0).sum())
+        anything += found
+        expected = {"found": found / firsts, "guilty": found / max(1, asked)}
+        assert compare.blame(student, rollouts) == pytest.approx(expected)
+    assert anything, "no student is asked to lower any first wrong token: nothing was compared"
+    assert compare.blame(seed / "students" / "absent", rollouts) == {}
+
+
 def test_what_is_there_is_not_made_again_and_a_failure_is_shown(seed: Path, tmp_path: Path) -> None:
     run = shutil.copytree(seed, tmp_path / "seed3", symlinks=True)
     kept = run / "students" / "mse_unlearned" / "model.safetensors"

@@ -1,7 +1,9 @@
 """Tables and two figures of what examples/family/run.sh made, over seeds.
 
     students     accuracy, pass@k, KL, its efficiency, entropy; how well the signal tells right from
-                 wrong; and accuracy minus the best that any objective has at the student's KL when
+                 wrong; found: the share of the first wrong tokens that stage 2 is asked to lower,
+                 guilty: the share of all tokens it is asked to lower that are first wrong ones; and
+                 accuracy minus the best that any objective has at the student's KL when
                  it is stopped early (whichever objective that is: in favour of early stopping)
     objectives   the teacher's end, and its student against *its own* early-stopping curve at equal
                  KL: paired bootstrap over problems (examples/report.py)
@@ -9,7 +11,8 @@
 Mean ± standard deviation over seeds. A variant that failed stands there with its reason, one that
 has not been made in some of the seeds with its number of seeds.
 
-Reads   RUNS/ eval/base eval/student_* curve/* signals/*.json failed/, as variants.py leaves them.
+Reads   RUNS/ eval/base eval/student_* curve/* signals/ students/ rollouts/ failed/, as variants.py
+        leaves them.
 Writes  OUTPUT (Markdown), beside it STEM_accuracy_kl.png and STEM_efficiency.png.
 
     python examples/family/compare.py --runs runs/family/seed1 runs/family/seed2 \\
@@ -29,12 +32,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import report
+import torch
 import variants
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import common
+import stage2_distill
 
 COLOURS = {
     "objective": "#0072B2", "signal": "#D55E00", "trust region": "#009E73", "stage 2": "#CC79A7"
@@ -113,6 +118,30 @@ def signal_of(name: str) -> str | None:
     return others[name][0] if name in others else name
 
 
+def guilty_tokens(rollouts: common.Rollouts) -> torch.Tensor:
+    """[N] bool: the first wrong token of each wrong response."""
+    wrong = (rollouts.rewards == 0) & (rollouts.first_wrong_token > 0)
+    places = (rollouts.cu_seqlens[:-1] + rollouts.first_wrong_token.long())[wrong]
+    return torch.zeros(len(rollouts.tokens), dtype=torch.bool).index_fill(0, places, True)
+
+
+def blame(student: Path, rollouts: common.Rollouts) -> Row:
+    """What it was asked to lower against what was wrong -> found, guilty; {}: made of no signal."""
+    if not (student / "args.json").is_file():
+        return {}
+    flags = common.read_json(student / "args.json")["args"]
+    if not flags["signals"] or not Path(flags["signals"]).is_file():
+        return {}
+    arrays = common.load_tensors(Path(flags["signals"]), {})[0]
+    signal, base_logprobs = arrays["signal"], arrays["base_logprobs"]
+    down = stage2_distill.bounded_target(signal, base_logprobs, **flags) < 0
+    guilty = guilty_tokens(rollouts)
+    both = (down & guilty).sum().item()
+    return {
+        "found": both / max(1, guilty.sum().item()), "guilty": both / max(1, down.sum().item())
+    }  # fmt: skip
+
+
 def failures(run: Path) -> dict[str, str]:
     """{variant: part and reason} of the first part in which it failed."""
     found: dict[str, str] = {}
@@ -128,7 +157,7 @@ def load_seed(run: Path, args: Args) -> Seed:
     base = evaluations["base"]
     names = [name for name in variants.OBJECTIVES if name in paths]
     curves = {name: [base, *paths[name].values()] for name in names}
-    students, own = {}, {}
+    students, own, rollouts = {}, {}, common.load_rollouts(run / "rollouts")
     for name in (name for table in variants.factors().values() for name in table):
         student = evaluations.get(f"student_{name}")
         if student is None:
@@ -137,7 +166,8 @@ def load_seed(run: Path, args: Args) -> Seed:
         row["gain"] = row["accuracy"] - best_stopped(student, curves)
         signal = run / "signals" / f"{signal_of(name)}.json"
         diagnostics = common.read_json(signal) if signal.is_file() else {}
-        students[name] = row | {key: diagnostics.get(key) for key in ("auc", "credit_auc")}
+        row |= {key: diagnostics.get(key) for key in ("auc", "credit_auc")}
+        students[name] = row | blame(run / "students" / name, rollouts)
         if name in curves:
             own[name] = report.compare_with_path(student, curves[name], args.resamples, args.seed)
     return Seed(run, base, students, curves, own, failures(run))
@@ -181,20 +211,21 @@ def reason(name: str, seeds: list[Seed]) -> str:
 def students_table(seeds: list[Seed]) -> list[str]:
     """All students, factor by factor."""
     head = ["#", "variant", "accuracy", "pass@4", "KL, nats", "KL efficiency", "entropy",
-            "AUC", "credit AUC", "minus best early stop at its KL", "seeds", "flags"]  # fmt: skip
+            "AUC", "credit AUC", "found", "guilty", "minus best early stop at its KL", "seeds",
+            "flags"]  # fmt: skip
     columns = {"accuracy": "{:.3f}", "pass": "{:.3f}", "kl": "{:.2f}", "efficiency": "{:.2f}",
-               "entropy": "{:.3f}", "auc": "{:.3f}", "credit_auc": "{:.3f}",
-               "gain": "{:+.3f}"}  # fmt: skip
+               "entropy": "{:.3f}", "auc": "{:.3f}", "credit_auc": "{:.3f}", "found": "{:.2f}",
+               "guilty": "{:.2f}", "gain": "{:+.3f}"}  # fmt: skip
     rows, number = [], numbers()
     base = [measured(seed.base) for seed in seeds]
     cells = [spread([row[k] for row in base], columns[k]) for k in ("accuracy", "pass")]
     rows.append(["", "base", *cells, "0", "n/a", spread([row["entropy"] for row in base]),
-                 "", "", "", str(len(seeds)), ""])  # fmt: skip
+                 *[""] * 5, str(len(seeds)), ""])  # fmt: skip
     for factor, lines in variants.factors().items():
         rows.append(["", f"**{TITLES[factor]}**", *[""] * (len(head) - 2)])
         for name, flags in lines.items():
             found = [seed.students[name] for seed in seeds if name in seed.students]
-            cells = [spread([row[k] for row in found], form) for k, form in columns.items()]
+            cells = [spread([row.get(k) for row in found], form) for k, form in columns.items()]
             missing, made = reason(name, seeds), str(len(found))
             if not found:
                 cells = [missing, *[""] * (len(columns) - 1)]
@@ -394,9 +425,11 @@ def page(seeds: list[Seed], args: Args) -> str:
         *students_table(seeds),
         "",
         "The default of the signals is the start of the trust regions too: `"
-        f"{variants.DEFAULT_SIGNAL}`, base minus a policy trained on inverted verdicts. *Minus "
-        "best early stop*: accuracy minus the best that any of the objectives has at this KL when "
-        "it is stopped early (picked after the fact, which favours it).",
+        f"{variants.DEFAULT_SIGNAL}`, base minus a policy trained on inverted verdicts. *Found*: "
+        "share of the first wrong tokens that stage 2 is asked to lower. *Guilty*: share of the "
+        "tokens it is asked to lower that are first wrong ones. *Minus best "
+        "early stop*: accuracy minus the best that any of the objectives has at this KL when it is "
+        "stopped early (picked after the fact, which favours it).",
         "",
         f"![Accuracy against KL]({stem}_accuracy_kl.png)",
         "",

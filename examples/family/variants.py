@@ -70,11 +70,11 @@ OBJECTIVES = {
     "psr": "--loss psr --learning-rate 2e-4",
     "gspo": "--loss gspo --learning-rate 2e-4",
 }
-# Their students, teacher minus base.
-STUDENT = (
-    "--objective regression --epochs 2 --learning-rate 2e-4 "
-    "--signal-scale 1 --signal-clip 3 --signal-floor 1 --token-kl 0.2"
-)
+# Their students, teacher minus base. Teachers moved by very different amounts, so each signal is
+# scaled until the same share of the tokens has a target: what the loudest have at scale 1.
+BOUNDS = "--signal-clip 3 --signal-floor 1 --token-kl 0.2"
+SCALED = f"--target-share 0.0125 {BOUNDS}"
+STUDENT = f"--objective regression --epochs 2 --learning-rate 2e-4 --signal-scale 1 {BOUNDS}"
 
 # Policies that signals are built against, in chains: a later one may start at an earlier.
 REFERENCES = {
@@ -347,7 +347,8 @@ def waves(args: Args, part: str) -> list[dict[str, Chain]]:
     if part == "objectives":
         return [{
             name: [build(name, f"--teachers {{stage1}}/{name} --references {{base}}"),
-                   student(name, name, STUDENT)]
+                   build(f"scaled/{name}", f"--signals {{signals}}/{name}.safetensors {SCALED}"),
+                   student(name, f"scaled/{name}", STUDENT)]
             for name in chosen(OBJECTIVES)
         }]  # fmt: skip
     if part == "references":

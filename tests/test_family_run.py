@@ -48,7 +48,7 @@ def test_run_and_its_comparison(seed: Path, capsys: pytest.CaptureFixture[str]) 
     assert list(spent) == list(variants.PARTS)
     recorded = common.read_json(seed / "students" / "no_floor" / "args.json")["args"]
     assert (recorded["signal_floor"], recorded["signal_scale"]) == (0, 8)  # the default but one
-    assert (recorded["kl_budget"], recorded["kl_budget_action"]) == (1, "rollback")
+    assert (recorded["kl_budget"], recorded["kl_budget_action"]) == (2, "rollback")
 
     output = seed.parent / "results.md"
     compare.main(compare.Args((seed,), output, resamples=40))

@@ -205,10 +205,10 @@ STAGE2 = {
 }
 CLONES = ("reverse_kl", "forward_kl", "jsd", "topk")  # of a teacher: no signal, no bounds of it
 
-# Of all students, nats of the proxy, KL(base || student): a guard against running away, and no brake.
+# Of all students, nats of the proxy, KL(base || student): a guard against running away, no brake.
 # The proxy counts deep cuts dearer than the KL that is reported: the default ends at proxies of 1.0
-# and 1.3 (seeds 0 and 1) and KLs of 0.61. A student that its budget stops half-way has spent as much
-# KL as one that comes to its end, and learnt less: tight_budget.
+# and 1.3 (seeds 0 and 1) and KLs of 0.61. A student stopped half-way by its budget has spent as
+# much KL as one that comes to its end, and learnt less: tight_budget.
 BUDGET = "--kl-budget 2 --kl-budget-action rollback --kl-every 8"
 
 QUICK = ("ce_gentle", "mse_unlearned", "no_floor")  # what --quick makes: one variant of each factor

@@ -161,9 +161,13 @@ def setup_ranks() -> Ranks:
 class _Lines:
     """stderr without a terminal: each state of a bar is a line; tqdm would rewrite one by "\\r"."""
 
+    last = ""
+
     def write(self, text: str) -> None:
-        if state := text.strip():
+        state = text.strip()
+        if state and state != self.last:  # tqdm draws once more as it closes
             sys.stderr.write(state + "\n")
+            self.last = state
 
     def flush(self) -> None:
         sys.stderr.flush()

@@ -180,9 +180,7 @@ class Evaluation:
     name: str
     folder: Path
     summary: dict[str, Any]  # metrics.json
-    problems: list[
-        tuple[str, str]
-    ]  # (id, text): two evaluations share a problem where both are equal
+    problems: list[tuple[str, str]]  # (id, text): evaluations share a problem where both are equal
     correct: Array  # [P]
     count: Array  # [P]
     kl: Array | None  # [P] nats, summed over kl_count responses; None without kl.safetensors
@@ -332,18 +330,15 @@ def resampled_policy(
 
 
 def comparison(
-    student: tuple[Array, Array],
-    their_accuracy: Array,
-    their_kl: Array,
-    passes: Array,
+    student: tuple[Array, Array], their_accuracy: Array, their_kl: Array, passes: Array,
     missing: str,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Differences and ratio of KLs with intervals; `missing` says why there is no ratio, if so.
 
     student: accuracy and KL [B] each; theirs [B]; passes: difference of pass@8 [B]."""
     accuracy, kl = student
-    row: dict[str, Any] = {"student_accuracy": float(accuracy[0]), "student_kl": float(kl[0])}
-    row |= {"their_accuracy": float(their_accuracy[0])}
+    firsts = {"student_accuracy": accuracy, "student_kl": kl, "their_accuracy": their_accuracy}
+    row: dict[str, Any] = {name: float(values[0]) for name, values in firsts.items()}
     row |= estimate("accuracy_difference", accuracy - their_accuracy)
     row |= estimate("pass_at_8_difference", passes)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -363,12 +358,10 @@ def compare_with_path(
     at_equal_kl = np.where(np.isnan(kl), np.nan, accuracy_at_kl(path_kl, path_accuracy, kl))
     reaching = kl_at_accuracy(path_kl, path_accuracy, accuracy)
     missing = "never reached" if np.isinf(reaching[0]) else "no KL measured"
-    row = {"kind": "path", "student": student.name, "against": path[-1].name}
-    row |= {"problems": len(shared)}
+    row = {"kind": "path", "student": student.name, "against": path[-1].name,
+           "problems": len(shared)}  # fmt: skip
     unknown = np.full_like(kl, np.nan)  # checkpoints have fewer than 8 samples
-    row |= comparison((accuracy, kl), at_equal_kl, reaching, unknown, missing)
-    # In how many resamples the path reaches the student's accuracy, at whatever KL.
-    return row | {"reached_share": float(np.isfinite(reaching[1:]).mean())}
+    return row | comparison((accuracy, kl), at_equal_kl, reaching, unknown, missing)
 
 
 def compare_with_policy(
@@ -387,10 +380,9 @@ def compare_with_policy(
     if other.name == "base":
         their_kl, missing = np.full_like(kl, np.nan), "the base has no KL"
     passes = resampled(weights, difference, np.ones(len(shared)))
-    row = {"kind": "policy", "student": student.name, "against": other.name}
-    row |= {"problems": len(shared)}
-    row |= comparison((accuracy, kl), their_accuracy, their_kl, passes, missing)
-    return row | {"reached_share": None}
+    row = {"kind": "policy", "student": student.name, "against": other.name,
+           "problems": len(shared)}  # fmt: skip
+    return row | comparison((accuracy, kl), their_accuracy, their_kl, passes, missing)
 
 
 def compare(
@@ -428,12 +420,10 @@ def place_labels(axes: Axes, labels: list[tuple[float, float, str, str]], obstac
     for x, y, text, colour in labels:
         for dx, dy in tries:
             side = "left" if dx > 1 else "right" if dx < -1 else "center"
-            line = (
-                {"arrowstyle": "-", "color": colour, "lw": 0.6} if math.hypot(dx, dy) > 12 else None
-            )
+            line = {"arrowstyle": "-", "color": colour, "lw": 0.6}
             note = axes.annotate(
-                text, (x, y), (dx, dy), textcoords="offset points", ha=side, va="center",
-                fontsize=8.5, color=colour, arrowprops=line, zorder=6,
+                text, (x, y), (dx, dy), textcoords="offset points", ha=side, va="center", zorder=6,
+                fontsize=8.5, color=colour, arrowprops=line if math.hypot(dx, dy) > 12 else None,
             )  # fmt: skip
             note.set_in_layout(False)
             note.update_positions(renderer)
@@ -444,9 +434,8 @@ def place_labels(axes: Axes, labels: list[tuple[float, float, str, str]], obstac
                 break
             note.remove()
         else:  # crowded: better a label on a line than a point without a name
-            axes.annotate(
-                text, (x, y), (9, 0), textcoords="offset points", fontsize=8.5, color=colour
-            )
+            axes.annotate(text, (x, y), (9, 0), textcoords="offset points", fontsize=8.5,
+                          color=colour)  # fmt: skip
 
 
 def draw_limits(axes: Axes, base: Evaluation, largest_kl: float) -> Array:
@@ -529,7 +518,7 @@ def figure_accuracy_kl(
     return figure
 
 
-DYNAMICS = (  # title, keys of metrics.jsonl, line styles, scale
+DYNAMICS = (  # title, keys of metrics.jsonl, scale
     ("log-ratio to base,\nnats a response", ("log_ratio_correct", "log_ratio_wrong"), "symlog"),
     ("token probability\n(geometric mean)", ("prob_correct", "prob_wrong"), "linear"),
     ("entropy,\nnats a token", ("entropy",), "linear"),
@@ -609,10 +598,9 @@ class Signals:
 def policy_names(metadata: dict[str, Any]) -> dict[str, str]:
     """Metadata of a signals file -> {role: name}: {"base": "base", "teacher_0": "ce epoch-3"}."""
     paths = {role: Path(model["path"]) for role, model in metadata["models"].items()}
-    return {
-        role: (f"{path.parents[1].name} " if path.parent.name == "checkpoints" else "") + path.name
-        for role, path in paths.items()
-    }
+    runs = {role: f"{path.parent.parent.name} " if path.parent.name == "checkpoints" else ""
+            for role, path in paths.items()}  # fmt: skip
+    return {role: runs[role] + path.name for role, path in paths.items()}
 
 
 def formula(metadata: dict[str, Any]) -> str:
@@ -816,9 +804,8 @@ def number(value: float | None, error: float | None = None, digits: int = 3, sig
 
 def with_interval(row: dict[str, Any], name: str, sign: str = "+", digits: int = 3) -> str:
     """+0.031 [+0.012, +0.050]; an open end of the interval is written as such."""
-    ends = [
-        number(end, None, digits, sign) if end is not None else "open" for end in row[f"{name}_ci"]
-    ]
+    ends = row[f"{name}_ci"]
+    ends = ["open" if end is None else number(end, None, digits, sign) for end in ends]
     if row[name] is None and ends == ["open", "open"]:
         return "n/a"
     return f"{number(row[name], None, digits, sign)} [{', '.join(ends)}]"
@@ -870,14 +857,12 @@ def policy_table(summary: dict[str, Any]) -> str:
 
 def signal_table(signals: list[dict[str, Any]]) -> str:
     heads = ["signal", "AUC", "credit AUC", "formula"]
-    rows = [
-        [s["name"], number(s["auc"]), number(s["credit_auc"], s["credit_auc_se"]), s["formula"]]
-        for s in signals
-    ]
+    rows = [[s["name"], number(s["auc"]), number(s["credit_auc"], s["credit_auc_se"]), s["formula"]]
+            for s in signals]  # fmt: skip
     note = (
-        "AUC: of the sum over a response, correct against wrong. "
-        "Credit AUC: within a wrong response, the share of earlier tokens that are blamed less "
-        "than the first wrong one; 0.5 is chance."
+        "AUC: of the sum over a response, correct against wrong. Credit AUC: within a wrong "
+        "response, the share of earlier tokens that are blamed less than the first wrong one; "
+        "0.5 is chance."
     )
     return f"<h2>Signals</h2>{table(heads, rows)}<p><small>{note}</small></p>" if signals else ""
 
@@ -937,8 +922,8 @@ def headline(summary: dict[str, Any]) -> str:
     if not students:
         return text
     name = max(students, key=lambda row: row["accuracy"])["name"]
-    paths = [r for r in summary["comparisons"] if r["kind"] == "path" and r["student"] == name]
-    paths = [row for row in paths if row["accuracy_difference"] is not None]
+    paths = [row for row in summary["comparisons"] if row["student"] == name
+             and row["kind"] == "path" and row["accuracy_difference"] is not None]  # fmt: skip
     if not paths:
         return text
     rival = min(paths, key=lambda row: row["accuracy_difference"])
@@ -958,12 +943,11 @@ def render(run: Path, summary: dict[str, Any], n_pairs: int) -> str:
         "policy can reach at this KL.",
         "dynamics": "Stage 1 on the fixed rollouts over epochs (means over neighbouring steps).",
     }
+    if not summary["stage1_runs"]:
+        del captions["dynamics"]
     figures = ""
     for name, caption in captions.items():
-        file = run / "figures" / f"{name}.png"
-        if name == "dynamics" and not summary["stage1_runs"]:
-            continue
-        data = base64.b64encode(file.read_bytes()).decode()
+        data = base64.b64encode((run / "figures" / f"{name}.png").read_bytes()).decode()
         image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
         figures += f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
     title = html.escape(f"ERPD report: {run.resolve().parent.name} {run.resolve().name}")
@@ -1030,12 +1014,11 @@ def main(args: Args) -> None:
     common.write_json(run / "summary.json", summary)
     names = sorted({*summary["stage1_runs"], *paths} - {"base"})
     colours = {name: PATH_COLOURS[i % len(PATH_COLOURS)] for i, name in enumerate(names)}
-    save_figure(
-        figure_accuracy_kl(evaluations, paths, colours), run / "figures" / "accuracy_kl.png"
-    )
+    figures = run / "figures"
+    save_figure(figure_accuracy_kl(evaluations, paths, colours), figures / "accuracy_kl.png")
     if summary["stage1_runs"]:
         runs = [run / "stage1" / name for name in summary["stage1_runs"]]
-        save_figure(figure_dynamics(runs, paths, colours), run / "figures" / "dynamics.png")
+        save_figure(figure_dynamics(runs, paths, colours), figures / "dynamics.png")
     with common.atomic(run / "report.html") as temporary:
         temporary.write_text(render(run, summary, args.pairs), encoding="utf-8")
     for row in summary["policies"]:

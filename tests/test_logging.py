@@ -61,6 +61,7 @@ def test_progress_in_a_log_file_is_a_few_whole_lines(tmp_path: Path) -> None:
     assert lines[0].startswith("stage 1 ce: 10 %, 4 of 40") and "40 of 40" in lines[-1]
     assert 4 <= len(lines) <= 2 + float(printed[1]) / 0.2  # the start, the end, one an interval
     assert printed[0] == "in between"
+    assert len(set(lines)) == len(lines)
 
 
 def test_progress_is_of_rank_0_and_a_terminal_keeps_its_bar(tmp_path: Path) -> None:

@@ -392,7 +392,7 @@ def test_whole_report(tmp_path, capsys):
     assert path["kl_ratio"] is None and path["kl_ratio_reason"] == "never reached"
     assert path["problems"] == 30
     page = (run / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and "http" not in page
+    assert page.count("data:image/png;base64,") == 2 and "://" not in page
     assert "above the best early-stopping path" in page
     assert capsys.readouterr().out.splitlines()[-1] == str(run / "report.html")
 

@@ -106,7 +106,7 @@ def test_scripts_write_a_log_without_carriage_returns(script: str, tmp_path: Pat
         f"--base {folder}/base --n 2 --max-new-tokens 8 --engine hf",
     }
     bars = {"stage1_extreme": ["score the base", "stage 1 ce"],
-            "evaluate": ["sample base", "grade distinct answers", "measure KL"]}  # fmt: skip
+            "evaluate": ["sample base", "measure KL"]}  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(tmp_path / "log", "w") as file:
         command = [sys.executable, ROOT / f"{script}.py", *flags[script].split()]
@@ -173,6 +173,7 @@ def test_tensorboard_has_every_number_of_metrics_jsonl_once(
     stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tensorboard", reason="it is optional")
+    monkeypatch.setattr(stage1_extreme, "LOSSES", stage1_extreme.LOSSES)  # a fork adds its own
     main, make_args = {
         "1": (stage1_extreme.main, stage1_args),
         "2": (stage2_distill.main, stage2_args),

@@ -47,6 +47,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 FORMAT_VERSION = 1
 HEAD_CHUNK_ELEMENTS = 2**27  # logits held at once by the chunked head: 512 MiB in float32
 CPU_TILE_ELEMENTS = 2**21  # on a CPU: 8 MiB, which stays in the cache between passes
+LOG_INTERVAL = 10.0  # seconds between the lines of a progress bar in a log file
 SCORE_BLOCK = 2048  # sequences packed at once for scoring: packing time grows with the square
 LOG_RATIO_CLAMP = 20.0  # inside exp only: exp(20) is finite in float32; beyond it no gradient
 
@@ -157,11 +158,29 @@ def setup_ranks() -> Ranks:
     return Ranks(int(os.environ.get("RANK", "0")), world_size, device)
 
 
+class _Lines:
+    """stderr without a terminal: each state of a bar is a line; tqdm would rewrite one by "\\r"."""
+
+    last = ""
+
+    def write(self, text: str) -> None:
+        state = text.strip()
+        if state and state != self.last:  # tqdm draws once more as it closes
+            sys.stderr.write(state + "\n")
+            self.last = state
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 def progress(ranks: Ranks, total: int, initial: int, what: str) -> tqdm:
-    """Progress bar with rate and time left, on rank 0; in a log file a line every ten seconds."""
-    log_file = not sys.stderr.isatty()
-    return tqdm(total=total, initial=initial, desc=what, disable=ranks.rank != 0,
-                mininterval=10 if log_file else 0.2, ncols=100 if log_file else None)  # fmt: skip
+    """Progress bar with rate and time left, on rank 0. In a log file: a line at the start, one at
+    the end, and between them one each LOG_INTERVAL at most."""
+    bar = functools.partial(tqdm, total=total, initial=initial, desc=what, disable=ranks.rank != 0)
+    if sys.stderr.isatty():
+        return bar(mininterval=0.2)
+    line = "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left"
+    return bar(file=_Lines(), mininterval=LOG_INTERVAL, bar_format=line + ", {rate_fmt}{postfix}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1043,7 +1062,7 @@ def check_noise(sums: Tensor, what: str, max_noise: float, ranks: Ranks) -> None
 # May change between a run and its continuation: memory, speed and guards, not what is computed
 FREE_FLAGS = {
     "output", "micro_batch_tokens", "activation_checkpointing", "defer_gradient_sync", "shard_size",
-    "shard", "checkpoint_every", "max_noise",
+    "shard", "checkpoint_every", "max_noise", "tensorboard",
 }  # fmt: skip
 
 
@@ -1256,24 +1275,53 @@ def _random_states(ranks: Ranks) -> dict[str, dict[str, Tensor]]:
     return {str(ranks.rank): {kind: getattr(torch, kind).get_rng_state() for kind in kinds}}
 
 
-class MetricsLog:
-    """metrics.jsonl: one line a step. On resume the lines of steps taken again are dropped."""
+TENSORBOARD = "tensorboard==2.21.0"  # as requirements.txt has it
 
-    def __init__(self, output: Path, step: int, ranks: Ranks) -> None:
-        self.path, self.ranks = output / "metrics.jsonl", ranks
+
+def check_tensorboard() -> None:
+    """Raises UserError where the package of --tensorboard is missing."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise UserError(f"--tensorboard needs the package tensorboard: pip install {TENSORBOARD}")
+
+
+class MetricsLog:
+    """metrics.jsonl: one line a step; with --tensorboard OUTPUT/tensorboard has the same numbers.
+
+    On resume the lines of steps taken again are dropped, and the events are made again from the
+    others: no step twice, and none missing where the flag was not given before."""
+
+    def __init__(self, output: Path, step: int, ranks: Ranks, tensorboard: bool = False) -> None:
+        self.path, self.ranks, self.events = output / "metrics.jsonl", ranks, None
         if ranks.rank == 0:
             lines = self.path.read_text().splitlines() if self.path.is_file() else []
             # A killed run may have left half a last line.
             kept = [x for x in lines if x.endswith("}") and json.loads(x)["step"] <= step]
             with atomic(self.path) as temporary:
                 temporary.write_text("".join(line + "\n" for line in kept))
+        if ranks.rank == 0 and tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            shutil.rmtree(output / "tensorboard", ignore_errors=True)
+            # A TensorBoard that shows the run now forgets what it has read from step 0 on.
+            self.events = SummaryWriter(str(output / "tensorboard"), purge_step=0)
+            for line in kept:
+                self._draw(json.loads(line))
+            self.events.flush()
 
     def write(self, values: dict[str, float]) -> None:
         """Appends one line, on rank 0."""
         if self.ranks.rank == 0:
+            finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
             with open(self.path, "a") as file:
-                finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
                 file.write(json.dumps(finite) + "\n")
+            if self.events:
+                self._draw(finite)
+                self.events.flush()
+
+    def _draw(self, values: dict[str, float | None]) -> None:
+        for name, value in values.items():
+            if name != "step" and value is not None:
+                self.events.add_scalar(name, value, values["step"])
 
 
 def mean_metrics(sums: dict[str, Tensor], ranks: Ranks) -> dict[str, float]:

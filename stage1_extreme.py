@@ -42,11 +42,12 @@ from torch import Tensor
 
 from common import (  # isort: skip
     LOG_RATIO_CLAMP, MetricsLog, Rollouts, Row, UserError, catch_sigterm, check_noise,
-    check_sampling, check_vocabulary, clip_gradients, epoch_batches, exit_by_sigterm, fingerprint,
-    kl_penalty, load_checkpoint, load_policy, load_rollouts, load_tensors, load_tokenizer,
-    make_optimizer, make_row, mean_metrics, model_folder, noise_sums, optimizer_step, pack,
-    progress, remove_checkpoint, require, row_logprobs, run, safe_exp, save_checkpoint, save_model,
-    save_tensors, score, sequence_sum, setup_ranks, start_run, sync_gradients, to_device,
+    check_sampling, check_tensorboard, check_vocabulary, clip_gradients, epoch_batches,
+    exit_by_sigterm, fingerprint, kl_penalty, load_checkpoint, load_policy, load_rollouts,
+    load_tensors, load_tokenizer, make_optimizer, make_row, mean_metrics, model_folder, noise_sums,
+    optimizer_step, pack, progress, remove_checkpoint, require, row_logprobs, run, safe_exp,
+    save_checkpoint, save_model, save_tensors, score, sequence_sum, setup_ranks, start_run,
+    sync_gradients, to_device,
 )  # fmt: skip
 
 
@@ -118,6 +119,8 @@ class Args:
     """train on rollouts that were sampled with top-p below 1"""
     seed: int = 0
     """order of the responses in each epoch"""
+    tensorboard: bool = False
+    """also write the numbers of metrics.jsonl to OUTPUT/tensorboard (its package is optional)"""
 
     def check(self) -> None:
         """Raises UserError on impossible combinations."""
@@ -139,6 +142,8 @@ class Args:
         require(self, "clip_low", lambda v: 0 <= v <= 1, "between 0 and 1")
         if bad := [e for e in self.save_at if not 0 < e <= self.epochs]:
             raise UserError(f"--save-at {bad[0]}: must lie within 0 and --epochs {self.epochs}")
+        if self.tensorboard:
+            check_tensorboard()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -373,7 +378,7 @@ def main(args: Args) -> None:
     optimizer = make_optimizer(policy, args.learning_rate, args.weight_decay)
     state = load_checkpoint(args.output, policy, optimizer, ranks) or {"step": 0}
     step = state["step"]
-    log = MetricsLog(args.output, step, ranks)
+    log = MetricsLog(args.output, step, ranks, args.tensorboard)
     loss_function, unit = LOSSES[args.loss]
     bar = progress(ranks, total_steps, step, f"stage 1 {args.loss}")
     sigterm = catch_sigterm()

@@ -46,8 +46,8 @@ import torch
 from torch import Tensor
 
 from common import (  # isort: skip
-    MetricsLog, Policy, Ranks, Rollouts, Row, UserError, catch_sigterm, check_noise,
-    check_sampling, check_vocabulary, chunked_kl, clip_gradients, epoch_batches, exit_by_sigterm,
+    MetricsLog, Policy, Ranks, Rollouts, Row, UserError, catch_sigterm, check_noise, check_sampling,
+    check_tensorboard, check_vocabulary, chunked_kl, clip_gradients, epoch_batches, exit_by_sigterm,
     fingerprint, kl_penalty, load_checkpoint, load_policy, load_rollouts, load_tensors,
     load_tokenizer, make_optimizer, make_row, mean_metrics, model_folder, noise_sums,
     optimizer_step, pack, progress, remove_checkpoint, require, row_logprobs, run, safe_exp,
@@ -128,6 +128,8 @@ class Args:
     """train on rollouts that were sampled with top-p below 1"""
     seed: int = 0
     """choice of the held-out problems and order of the responses in each epoch"""
+    tensorboard: bool = False
+    """also write the numbers of metrics.jsonl to OUTPUT/tensorboard (its package is optional)"""
 
     def check(self) -> None:
         """Raises UserError on impossible combinations."""
@@ -159,6 +161,8 @@ class Args:
         require(self, "clip_low", lambda v: 0 <= v <= 1, "between 0 and 1")
         require(self, "kl_holdout", lambda v: 0 < v < 1, "between 0 and 1")
         require(self, "signal_scale", math.isfinite, "finite")
+        if self.tensorboard:
+            check_tensorboard()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -450,7 +454,7 @@ def main(args: Args) -> None:
         state = {"step": 0, "learning_rate_factor": 1.0, "kl_coef": args.kl_coef}
         save_checkpoint(args.output, state, policy, optimizer, ranks)  # a way back: in the budget
     step = state["step"]
-    log = MetricsLog(args.output, step, ranks)
+    log = MetricsLog(args.output, step, ranks, args.tensorboard)
     steps_per_epoch = -(-len(trained) // args.batch_size)
     total_steps = args.epochs * steps_per_epoch
     loss_function = OBJECTIVES[args.objective]

@@ -21,7 +21,6 @@ import html
 import math
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,8 @@ RECIPE = (
 METRICS = (
     "accuracy", "pass@8", "kl", "k1", "kl_efficiency", "entropy", "mean_length", "truncated",
 )  # fmt: skip
-PAGE_TOKENS = 8000  # response tokens on the token page: about 150 bytes each
+PAGE_BYTES = 2_000_000  # at most, the whole page
+PAGE_TOKENS = 8000  # tokens on the token page, over all signals: 150 to 200 bytes each
 SIGNAL_QUANTILE = 0.98  # |signal| at which a colour is full
 
 
@@ -66,7 +66,7 @@ class Args:
     resamples: int = 1000
     """bootstrap resamples of the problems behind every interval"""
     pairs: int = 3
-    """problems on the token page, each with a correct and a wrong response"""
+    """problems on the token page at most, each with a correct and a wrong response"""
     seed: int = 0
     """seed of the bootstrap"""
 
@@ -180,9 +180,7 @@ class Evaluation:
     name: str
     folder: Path
     summary: dict[str, Any]  # metrics.json
-    problems: list[
-        tuple[str, str]
-    ]  # (id, text): two evaluations share a problem where both are equal
+    problems: list[tuple[str, str]]  # (id, text): evaluations share a problem where both are equal
     correct: Array  # [P]
     count: Array  # [P]
     kl: Array | None  # [P] nats, summed over kl_count responses; None without kl.safetensors
@@ -332,18 +330,15 @@ def resampled_policy(
 
 
 def comparison(
-    student: tuple[Array, Array],
-    their_accuracy: Array,
-    their_kl: Array,
-    passes: Array,
+    student: tuple[Array, Array], their_accuracy: Array, their_kl: Array, passes: Array,
     missing: str,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Differences and ratio of KLs with intervals; `missing` says why there is no ratio, if so.
 
     student: accuracy and KL [B] each; theirs [B]; passes: difference of pass@8 [B]."""
     accuracy, kl = student
-    row: dict[str, Any] = {"student_accuracy": float(accuracy[0]), "student_kl": float(kl[0])}
-    row |= {"their_accuracy": float(their_accuracy[0])}
+    firsts = {"student_accuracy": accuracy, "student_kl": kl, "their_accuracy": their_accuracy}
+    row: dict[str, Any] = {name: float(values[0]) for name, values in firsts.items()}
     row |= estimate("accuracy_difference", accuracy - their_accuracy)
     row |= estimate("pass_at_8_difference", passes)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -363,12 +358,10 @@ def compare_with_path(
     at_equal_kl = np.where(np.isnan(kl), np.nan, accuracy_at_kl(path_kl, path_accuracy, kl))
     reaching = kl_at_accuracy(path_kl, path_accuracy, accuracy)
     missing = "never reached" if np.isinf(reaching[0]) else "no KL measured"
-    row = {"kind": "path", "student": student.name, "against": path[-1].name}
-    row |= {"problems": len(shared)}
+    row = {"kind": "path", "student": student.name, "against": path[-1].name,
+           "problems": len(shared)}  # fmt: skip
     unknown = np.full_like(kl, np.nan)  # checkpoints have fewer than 8 samples
-    row |= comparison((accuracy, kl), at_equal_kl, reaching, unknown, missing)
-    # In how many resamples the path reaches the student's accuracy, at whatever KL.
-    return row | {"reached_share": float(np.isfinite(reaching[1:]).mean())}
+    return row | comparison((accuracy, kl), at_equal_kl, reaching, unknown, missing)
 
 
 def compare_with_policy(
@@ -387,10 +380,9 @@ def compare_with_policy(
     if other.name == "base":
         their_kl, missing = np.full_like(kl, np.nan), "the base has no KL"
     passes = resampled(weights, difference, np.ones(len(shared)))
-    row = {"kind": "policy", "student": student.name, "against": other.name}
-    row |= {"problems": len(shared)}
-    row |= comparison((accuracy, kl), their_accuracy, their_kl, passes, missing)
-    return row | {"reached_share": None}
+    row = {"kind": "policy", "student": student.name, "against": other.name,
+           "problems": len(shared)}  # fmt: skip
+    return row | comparison((accuracy, kl), their_accuracy, their_kl, passes, missing)
 
 
 def compare(
@@ -428,12 +420,10 @@ def place_labels(axes: Axes, labels: list[tuple[float, float, str, str]], obstac
     for x, y, text, colour in labels:
         for dx, dy in tries:
             side = "left" if dx > 1 else "right" if dx < -1 else "center"
-            line = (
-                {"arrowstyle": "-", "color": colour, "lw": 0.6} if math.hypot(dx, dy) > 12 else None
-            )
+            line = {"arrowstyle": "-", "color": colour, "lw": 0.6}
             note = axes.annotate(
-                text, (x, y), (dx, dy), textcoords="offset points", ha=side, va="center",
-                fontsize=8.5, color=colour, arrowprops=line, zorder=6,
+                text, (x, y), (dx, dy), textcoords="offset points", ha=side, va="center", zorder=6,
+                fontsize=8.5, color=colour, arrowprops=line if math.hypot(dx, dy) > 12 else None,
             )  # fmt: skip
             note.set_in_layout(False)
             note.update_positions(renderer)
@@ -444,9 +434,8 @@ def place_labels(axes: Axes, labels: list[tuple[float, float, str, str]], obstac
                 break
             note.remove()
         else:  # crowded: better a label on a line than a point without a name
-            axes.annotate(
-                text, (x, y), (9, 0), textcoords="offset points", fontsize=8.5, color=colour
-            )
+            axes.annotate(text, (x, y), (9, 0), textcoords="offset points", fontsize=8.5,
+                          color=colour)  # fmt: skip
 
 
 def draw_limits(axes: Axes, base: Evaluation, largest_kl: float) -> Array:
@@ -529,7 +518,7 @@ def figure_accuracy_kl(
     return figure
 
 
-DYNAMICS = (  # title, keys of metrics.jsonl, line styles, scale
+DYNAMICS = (  # title, keys of metrics.jsonl, scale
     ("log-ratio to base,\nnats a response", ("log_ratio_correct", "log_ratio_wrong"), "symlog"),
     ("token probability\n(geometric mean)", ("prob_correct", "prob_wrong"), "linear"),
     ("entropy,\nnats a token", ("entropy",), "linear"),
@@ -569,7 +558,7 @@ def figure_dynamics(
                 axes.plot(*binned(values["epoch"], values[key], 80), color=colour, lw=1.2)
             if scale == "symlog":
                 axes.set_yscale("symlog", linthresh=1.0, linscale=0.6)
-                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_major_formatter("{x:.3g}")
         grid[-1, column].set_xlabel("epoch", fontsize=9)
     grid[0, 0].set_ylim(0, 1)
     titles = ["accuracy on\nheld-out problems", *(title for title, _, _ in DYNAMICS)]
@@ -594,6 +583,51 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 # -------------------------------------------------------------------------------------------------
 # Token page
+
+
+@dataclass(frozen=True)
+class Signals:
+    """One file of build_signals.py, with names for people."""
+
+    name: str
+    signal: torch.Tensor  # [N] float32, nats
+    logprobs: dict[str, torch.Tensor]  # [N] of each policy, the base first
+    full: float  # |signal| of the strongest colour, nats
+
+
+def policy_names(metadata: dict[str, Any]) -> dict[str, str]:
+    """Metadata of a signals file -> {role: name}: {"base": "base", "teacher_0": "ce epoch-3"}."""
+    paths = {role: Path(model["path"]) for role, model in metadata["models"].items()}
+    runs = {role: f"{path.parent.parent.name} " if path.parent.name == "checkpoints" else ""
+            for role, path in paths.items()}  # fmt: skip
+    return {role: runs[role] + path.name for role, path in paths.items()}
+
+
+def formula(metadata: dict[str, Any]) -> str:
+    """Metadata of a signals file -> what its signal is, e.g. "log base - log unlearned"."""
+    names, terms = policy_names(metadata), []
+    for i, weight in enumerate(metadata["weights"]):
+        factor = "" if weight == 1 else f"{weight:g} "
+        term = f"log {names[f'teacher_{i}']} - log {names[f'reference_{i}']}"
+        terms.append(f"{factor}({term})" if factor or len(metadata["weights"]) > 1 else term)
+    of_family = [key for key in ("construction", "crossfit") if key in metadata]
+    return " + ".join(terms) + "".join(f", {key} of examples/family" for key in of_family)
+
+
+def load_signals(path: Path, rollouts: common.Rollouts, made_for: str) -> Signals | None:
+    """Reads a signals file; None where it was made for rollouts of another fingerprint than
+    `made_for`. Raises UserError where it is broken."""
+    arrays, metadata = common.load_tensors(path, {"signal": torch.float32})
+    if metadata.get("rollouts") != made_for:
+        return None
+    magnitude = arrays["signal"][rollouts.response_mask].abs().numpy()
+    models, logprobs = metadata["models"], {"base": arrays["base_logprobs"]}
+    for role, name in policy_names(metadata).items():
+        is_base = models[role]["fingerprint"] == models["base"]["fingerprint"]
+        if role.startswith(("teacher", "reference")) and not is_base:
+            logprobs[f"{role.partition('_')[0]} {name}"] = arrays[f"{role}_logprobs"]
+    full = float(np.quantile(magnitude, SIGNAL_QUANTILE))
+    return Signals(path.stem, arrays["signal"], logprobs, full)
 
 
 def pick_pairs(rollouts: common.Rollouts, n: int) -> list[tuple[int, int]]:
@@ -623,120 +657,141 @@ def response_html(
     texts: list[str], signal: list[float], probabilities: list[dict[str, float]],
     marked: int, full: float,
 ) -> str:  # fmt: skip
-    """One response: tokens coloured by signal (blue credit, red blame), the marked one outlined.
+    """One response: tokens coloured by signal (blue credit, orange blame), the marked one framed.
 
     Three lists of equal length; `full` is the |signal| of the strongest colour."""
     spans = []
     for i, (text, value, known) in enumerate(zip(texts, signal, probabilities, strict=True)):
         strength = min(1.0, abs(value) / full) if full > 0 else 0.0
         kind = ("c" if value > 0 else "b") + (" w" if i == marked else "")
-        title = "".join(f"  {name} {p:.3f}" for name, p in known.items())
-        title = html.escape(f"{text!r}  signal {value:+.3f}{title}")
+        lines = [repr(text) + ", the first wrong token" * (i == marked), f"signal {value:+.3f}"]
+        lines += [f"{name} {p:{'.4f' if p >= 1e-3 else '.0e'}}" for name, p in known.items()]
         shown = html.escape(text.replace("\n", "↵\n").replace("\t", "⇥"))
         style = f'class="{kind}" style="--s:{strength:.2f}"'
-        spans.append(f'<span {style} title="{title}">{shown}</span>')
+        spans.append(f'<span {style} title="{html.escape(chr(10).join(lines))}">{shown}</span>')
     return "".join(spans)
 
 
-def formula(metadata: dict[str, Any]) -> str:
-    """Metadata of a signals file -> what its signal is, e.g. "(base - unlearned)"."""
-
-    def short(role: str) -> str:
-        path = Path(metadata["models"][role]["path"])
-        run = f"{path.parents[1].name} " if path.parent.name == "checkpoints" else ""
-        return run + path.name
-
-    terms = []
-    for i, weight in enumerate(metadata["weights"]):
-        factor = "" if weight == 1 else f"{weight:g} "
-        terms.append(f"{factor}(log {short(f'teacher_{i}')} - log {short(f'reference_{i}')})")
-    return " + ".join(terms)
-
-
-def signal_section(
-    path: Path, rollouts: common.Rollouts, decode: Callable[[int], str],
-    pairs: list[tuple[int, int]], limit: int,
-) -> str:  # fmt: skip
-    """The token page of one signals file."""
-    arrays, metadata = common.load_tensors(path, {"signal": torch.float32})
-    heading = f"<h3>{html.escape(path.stem)}</h3><p>signal = {html.escape(formula(metadata))}</p>"
-    if metadata.get("rollouts") != common.fingerprint(rollouts.path):
-        return heading + "<p>Made for other rollouts than those of this run: no tokens shown.</p>"
-    magnitude = arrays["signal"][rollouts.response_mask].abs()
-    full = float(np.quantile(magnitude.numpy(), SIGNAL_QUANTILE))
-    roles = [n for n in arrays if n.endswith("_logprobs") and not n.startswith("behavior")]
+def response_section(
+    signals: list[Signals], rollouts: common.Rollouts, tokenizer: Any, response: int, limit: int
+) -> str:
+    """One response under every signal, side by side."""
+    start = int(rollouts.cu_seqlens[response] + rollouts.prompt_lens[response])
+    length, marked = int(rollouts.response_lens[response]), -1
+    if rollouts.first_wrong_token is not None:
+        marked = int(rollouts.first_wrong_token[response] - rollouts.prompt_lens[response])
+    window = token_window(length, marked, limit)
+    at = [start + i for i in window]
+    texts = [tokenizer.decode([int(rollouts.tokens[i])]) for i in at]
     cells = []
-    for pair in pairs:
-        for response, verdict in zip(pair, ("correct", "wrong"), strict=True):
-            start = int(rollouts.cu_seqlens[response] + rollouts.prompt_lens[response])
-            length, marked = int(rollouts.response_lens[response]), -1
-            if rollouts.first_wrong_token is not None:
-                marked = int(rollouts.first_wrong_token[response] - rollouts.prompt_lens[response])
-            window = token_window(length, marked, limit)
-            at = [start + i for i in window]
-            known = [
-                {n.removesuffix("_logprobs"): math.exp(arrays[n][i]) for n in roles} for i in at
-            ]
-            texts = [decode(int(rollouts.tokens[i])) for i in at]
-            values = [float(arrays["signal"][i]) for i in at]
-            text = response_html(texts, values, known, marked - window.start, full)
-            cut = "" if len(window) == length else f"<p>{len(window)} of {length} tokens</p>"
-            total = float(arrays["signal"][start : start + length].sum())
-            cells.append(f"<div><h4>{verdict}, sum {total:+.2f}</h4><pre>{text}</pre>{cut}</div>")
-    return (
-        heading
-        + f"<p>full colour at {full:.2f} nats</p>"
-        + f'<div class="pairs">{"".join(cells)}</div>'
-    )
+    for s in signals:
+        known = [{name: math.exp(p[i]) for name, p in s.logprobs.items()} for i in at]
+        values = [float(s.signal[i]) for i in at]
+        text = response_html(texts, values, known, marked - window.start, s.full)
+        total = float(s.signal[start : start + length].sum())
+        cells.append(f"<div><b>{html.escape(s.name)}</b> sum {total:+.2f}<pre>{text}</pre></div>")
+    verdict = "correct" if rollouts.rewards[response] > 0.5 else "wrong"
+    verdict += "" if len(window) == length else f", {len(window)} of {length} tokens shown"
+    return f'<h4>{verdict}</h4><div class="signals">{"".join(cells)}</div>'
 
 
-def token_page(run: Path, n_pairs: int) -> str:
-    """Every signals file on the same few responses; empty where there is nothing to show."""
+def token_page(run: Path, n_pairs: int, tokens: int) -> str:
+    """The same few responses under every signals file, about `tokens` spans in all; empty where
+    there is nothing to show."""
     files = sorted(run.glob("signals/*.safetensors"))
     if not files or not n_pairs or not (run / "rollouts" / "rollouts.safetensors").is_file():
         return ""
     rollouts = common.load_rollouts(run / "rollouts")
-    pairs = pick_pairs(rollouts, n_pairs)
-    if not pairs:
-        return ""
+    made_for = common.fingerprint(rollouts.path)
+    loaded = {file.stem: load_signals(file, rollouts, made_for) for file in files}
+    signals = [s for s in loaded.values() if s is not None]
+    others = [name for name, s in loaded.items() if s is None]
+    # A response is shown by 20 tokens or more, and once a signal.
+    pairs = pick_pairs(rollouts, min(n_pairs, max(1, tokens // (40 * len(files)))))
+    limit = max(20, tokens // (2 * len(pairs) * len(files))) if pairs else 0
     tokenizer = common.load_tokenizer(str(run / "base"))
-    limit = max(20, PAGE_TOKENS // (2 * len(pairs) * len(files)))
-    decode: Callable[[int], str] = lambda token: tokenizer.decode([token])  # noqa: E731
-    note = (
-        "Every response token in the colour of its signal: "
-        "<span class=c style='--s:.8'>credit</span>, <span class=b style='--s:.8'>blame</span>; "
-        "<span class=w>outlined</span>: the first wrong token. Point at a token for its "
-        "signal and its probability under each policy."
+    page = "<h2>Signals, token by token</h2>"
+    if others:
+        page += f"<p>Made for other rollouts, not shown: {html.escape(', '.join(others))}.</p>"
+    if not pairs or not signals:
+        return page if others else ""
+    full = ", ".join(f"{html.escape(s.name)} {s.full:.2f}" for s in signals)
+    page += (
+        "<p>The same responses under every signal. <span class=c style='--s:1'>Credit</span>: the "
+        "teacher finds the token likelier than the reference does; <span class=b style='--s:1'>"
+        "blame</span>: less likely. <span class=w>Framed</span>: the first wrong token. Point at a "
+        "token, tap it or walk with the arrow keys: below stand its signal, nats, and its "
+        f"probability under each policy, for all signals.</p><p><small>Full colour at: {full} "
+        f"nats, the {SIGNAL_QUANTILE:.0%} quantile of each.</small></p>"
     )
-    sections = [signal_section(file, rollouts, decode, pairs, limit) for file in files]
-    return f"<h2>Signals, token by token</h2><p>{note}</p>" + "".join(sections)
+    for pair in pairs:
+        begin = int(rollouts.cu_seqlens[pair[0]])
+        prompt = rollouts.tokens[begin : begin + int(rollouts.prompt_lens[pair[0]])].tolist()
+        problem = tokenizer.decode(prompt, skip_special_tokens=True).strip()
+        problem = problem if len(problem) <= 300 else problem[:300] + " ..."
+        page += f"<h3>{html.escape(problem)}</h3>"
+        page += "".join(response_section(signals, rollouts, tokenizer, s, limit) for s in pair)
+    return page + f'<output id="tip"></output><script>{SCRIPT}</script>'
 
 
 # -------------------------------------------------------------------------------------------------
 # Page and tables
 
 
+# The browser itself refuses to load anything.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+# tests/test_report.py computes the contrast of these colours.
 STYLE = """
-:root { --text: #1b1f24; --back: #fff; --line: #d5d9de; --soft: #f5f6f8; --blue: 0,114,178; --red: 213,94,0 }
+:root { color-scheme: light dark;
+  --text: #1b1f24; --back: #ffffff; --line: #d5d9de; --soft: #f5f6f8; --blue: 80,165,225; --red: 235,140,60 }
 @media (prefers-color-scheme: dark) {
-  :root { --text: #e4e7ea; --back: #14171a; --line: #3a4047; --soft: #1e2226; --blue: 60,150,230; --red: 235,100,20 }
+  :root { --text: #e4e7ea; --back: #14171a; --line: #3a4047; --soft: #1e2226; --blue: 20,95,160; --red: 165,70,10 }
+  img { filter: invert(.92) hue-rotate(180deg) brightness(1.25) }
 }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back); max-width: 1080px;
-  margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.5rem } h2 { margin-top: 2.4rem; font-size: 1.2rem } h4 { margin: .4rem 0; font-weight: 600 }
+  margin: 2rem auto; padding: 0 1rem 6rem }
+h1 { font-size: 1.5rem } h2 { margin-top: 2.4rem; font-size: 1.2rem } h3 { margin: 2rem 0 0; font: 600 1rem ui-monospace, monospace }
+h4 { margin: .8rem 0 .2rem; font-weight: 600 } h3, b { overflow-wrap: anywhere }
 .lead { font-size: 1.08rem; border-left: 4px solid rgb(var(--red)); padding-left: .9rem }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
 th, td { padding: .28rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
-th:first-child, td:first-child, .t { text-align: left } .t:last-child { white-space: normal } tr.student td { background: var(--soft); font-weight: 600 }
-small { opacity: .75; font-weight: 400 } figure { margin: 1rem 0 } img { max-width: 100%; border-radius: 6px }
+th:first-child, td:first-child, .t { text-align: left } .t:last-child { white-space: normal; min-width: 15rem }
+tr.student td { background: var(--soft); font-weight: 600 } tr.student .t:last-child { font-weight: 400 }
+small { opacity: .8; font-weight: 400 } figure { margin: 1rem 0 } img { max-width: 100%; border-radius: 6px }
 figcaption { font-size: .88rem; opacity: .85 } summary { cursor: pointer; margin: .6rem 0 }
-.pairs { display: grid; grid-template-columns: 1fr 1fr; gap: .4rem 1.2rem }
-@media (max-width: 700px) { .pairs { grid-template-columns: 1fr } }
+.signals { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); gap: .6rem 1rem }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.9 ui-monospace, monospace; margin: 0;
   background: var(--soft); padding: .5rem .7rem; border-radius: 6px }
-.c { background: rgba(var(--blue), calc(var(--s) * .75)) } .b { background: rgba(var(--red), calc(var(--s) * .75)) }
-.w { outline: 2px solid var(--text); border-radius: 2px }
+pre span { cursor: pointer }
+.c { background: rgba(var(--blue), var(--s)) } .b { background: rgba(var(--red), var(--s)) }
+.w { outline: 2px solid var(--text); border-radius: 2px; margin: 0 2px } .w::before { content: "▸" }
+.x { box-shadow: 0 3px var(--text) }
+#tip { position: fixed; inset: auto 0 0; max-height: 40vh; overflow: auto; white-space: pre-wrap; padding: .5rem 1rem;
+  font: 13px/1.5 ui-monospace, monospace; background: var(--back); border-top: 2px solid var(--line) }
+#tip:empty { display: none }
+"""  # noqa: E501
+
+# Shows what stands in the titles of a token, under every signal: titles need a mouse and patience.
+SCRIPT = """
+const all = [...document.querySelectorAll("pre > span")];
+let current = -1, chosen = [];
+function choose(token) {
+  current = all.indexOf(token);
+  const place = [...token.parentNode.children].indexOf(token);
+  chosen.forEach(t => t.classList.remove("x"));
+  chosen = [...token.closest(".signals").querySelectorAll("pre")].map(pre => pre.children[place]);
+  chosen.forEach(t => t.classList.add("x"));
+  document.getElementById("tip").textContent = chosen.map(t =>
+    t.closest("div").querySelector("b").textContent + ": " + t.title.replaceAll("\\n", "  ")).join("\\n");
+}
+for (const kind of ["click", "mouseover"])
+  document.addEventListener(kind, e => { if (all.includes(e.target)) choose(e.target) });
+document.addEventListener("keydown", e => {
+  const step = {ArrowRight: 1, ArrowLeft: -1}[e.key];
+  if (step && all[current + step]) { choose(all[current + step]); all[current].scrollIntoView({block: "nearest"}) }
+});
 """  # noqa: E501
 
 
@@ -749,9 +804,8 @@ def number(value: float | None, error: float | None = None, digits: int = 3, sig
 
 def with_interval(row: dict[str, Any], name: str, sign: str = "+", digits: int = 3) -> str:
     """+0.031 [+0.012, +0.050]; an open end of the interval is written as such."""
-    ends = [
-        number(end, None, digits, sign) if end is not None else "open" for end in row[f"{name}_ci"]
-    ]
+    ends = row[f"{name}_ci"]
+    ends = ["open" if end is None else number(end, None, digits, sign) for end in ends]
     if row[name] is None and ends == ["open", "open"]:
         return "n/a"
     return f"{number(row[name], None, digits, sign)} [{', '.join(ends)}]"
@@ -761,7 +815,7 @@ def table(heads: list[str], rows: list[list[str]], marked: list[bool] | None = N
     """An HTML table; cells are escaped, words stand left, numbers right; marked rows stand out."""
 
     def cell(tag: str, text: str, sample: str) -> str:
-        words = sample[:1].isalpha() and sample != "n/a"
+        words = (sample[:1].isalpha() or "log" in sample) and sample != "n/a"
         return f"<{tag}{' class=t' if words else ''}>{html.escape(text)}</{tag}>"
 
     first = rows[-1] if rows else heads
@@ -802,13 +856,13 @@ def policy_table(summary: dict[str, Any]) -> str:
 
 
 def signal_table(signals: list[dict[str, Any]]) -> str:
-    heads = ["signal", "AUC of the sum, correct against wrong", "credit AUC"]
-    rows = [
-        [s["name"], number(s["auc"]), number(s["credit_auc"], s["credit_auc_se"])] for s in signals
-    ]
+    heads = ["signal", "AUC", "credit AUC", "formula"]
+    rows = [[s["name"], number(s["auc"]), number(s["credit_auc"], s["credit_auc_se"]), s["formula"]]
+            for s in signals]  # fmt: skip
     note = (
-        "Credit AUC: within a wrong response, the share of earlier tokens that are blamed less "
-        "than the first wrong one; 0.5 is chance."
+        "AUC: of the sum over a response, correct against wrong. Credit AUC: within a wrong "
+        "response, the share of earlier tokens that are blamed less than the first wrong one; "
+        "0.5 is chance."
     )
     return f"<h2>Signals</h2>{table(heads, rows)}<p><small>{note}</small></p>" if signals else ""
 
@@ -868,8 +922,8 @@ def headline(summary: dict[str, Any]) -> str:
     if not students:
         return text
     name = max(students, key=lambda row: row["accuracy"])["name"]
-    paths = [r for r in summary["comparisons"] if r["kind"] == "path" and r["student"] == name]
-    paths = [row for row in paths if row["accuracy_difference"] is not None]
+    paths = [row for row in summary["comparisons"] if row["student"] == name
+             and row["kind"] == "path" and row["accuracy_difference"] is not None]  # fmt: skip
     if not paths:
         return text
     rival = min(paths, key=lambda row: row["accuracy_difference"])
@@ -889,25 +943,30 @@ def render(run: Path, summary: dict[str, Any], n_pairs: int) -> str:
         "policy can reach at this KL.",
         "dynamics": "Stage 1 on the fixed rollouts over epochs (means over neighbouring steps).",
     }
+    if not summary["stage1_runs"]:
+        del captions["dynamics"]
     figures = ""
     for name, caption in captions.items():
-        file = run / "figures" / f"{name}.png"
-        if name == "dynamics" and not summary["stage1_runs"]:
-            continue
-        data = base64.b64encode(file.read_bytes()).decode()
+        data = base64.b64encode((run / "figures" / f"{name}.png").read_bytes()).decode()
         image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
         figures += f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
     title = html.escape(f"ERPD report: {run.resolve().parent.name} {run.resolve().name}")
     body = [
         f'<h1>{title}</h1><p class="lead">{html.escape(headline(summary))}</p>',
         policy_table(summary), comparison_tables(summary), "<h2>Figures</h2>" + figures,
-        signal_table(summary["signals"]), token_page(run, n_pairs),
+        signal_table(summary["signals"]),
     ]  # fmt: skip
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style></head><body>{''.join(body)}</body></html>\n"
-    )
+    for part in (1, 2, 4, 8):  # many policies with long names: fewer tokens
+        page = (
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+            f"<title>{title}</title><style>{STYLE}</style></head><body>{''.join(body)}"
+            f"{token_page(run, n_pairs, PAGE_TOKENS // part)}</body></html>\n"
+        )
+        if len(page.encode()) <= PAGE_BYTES:
+            break
+    return page
 
 
 def summarize(
@@ -919,8 +978,8 @@ def summarize(
     signals = []
     for path in sorted(args.run.glob("signals/*.safetensors")):
         report = common.read_json(path.with_suffix(".json"))
-        names = ("auc", "credit_auc", "credit_auc_se")
-        signals.append({"name": path.stem} | {name: report.get(name) for name in names})
+        row = {"name": path.stem, "formula": formula(report)}
+        signals.append(row | {n: report.get(n) for n in ("auc", "credit_auc", "credit_auc_se")})
     curve = [
         {"run": run, "epoch": epoch} | policy_row(e, args.run)
         for run, points in paths.items() for epoch, e in points.items()
@@ -955,12 +1014,11 @@ def main(args: Args) -> None:
     common.write_json(run / "summary.json", summary)
     names = sorted({*summary["stage1_runs"], *paths} - {"base"})
     colours = {name: PATH_COLOURS[i % len(PATH_COLOURS)] for i, name in enumerate(names)}
-    save_figure(
-        figure_accuracy_kl(evaluations, paths, colours), run / "figures" / "accuracy_kl.png"
-    )
+    figures = run / "figures"
+    save_figure(figure_accuracy_kl(evaluations, paths, colours), figures / "accuracy_kl.png")
     if summary["stage1_runs"]:
         runs = [run / "stage1" / name for name in summary["stage1_runs"]]
-        save_figure(figure_dynamics(runs, paths, colours), run / "figures" / "dynamics.png")
+        save_figure(figure_dynamics(runs, paths, colours), figures / "dynamics.png")
     with common.atomic(run / "report.html") as temporary:
         temporary.write_text(render(run, summary, args.pairs), encoding="utf-8")
     for row in summary["policies"]:

@@ -1,8 +1,13 @@
 """Tests of meaning for examples/report.py: paths, intervals, tokens, and one whole page."""
 
 import dataclasses
+import html
 import json
 import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -173,13 +178,198 @@ def test_token_window_holds_the_marked_token():
         assert marked in window and len(window) == 10
 
 
-def test_response_html_escapes_and_marks():
-    page = report.response_html(
-        ["<b>", "&", "\n"], [2.0, -1.0, 0.0], [{"base": 0.5}, {}, {}], 1, 2.0
-    )
-    assert "<b>" not in page and "&lt;b&gt;" in page and "&amp;" in page
-    assert page.count('class="c"') == 1 and page.count('class="b w"') == 1
-    assert "--s:1.00" in page and "--s:0.50" in page and "base 0.500" in page
+class Spans(HTMLParser):
+    """The token spans of a page: {"class", "style", "title", "text"} each, entities resolved."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found, self.inside = [], False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.inside = tag == "span" and "title" in dict(attributes)
+        if self.inside:
+            self.found.append(dict(attributes) | {"text": ""})
+
+    def handle_data(self, data):
+        if self.inside:
+            self.found[-1]["text"] += data
+
+    def handle_endtag(self, tag):
+        self.inside = False
+
+
+def test_response_html_escapes_marks_and_names_every_probability():
+    known = [{"base": 0.5, "teacher ce": 4e-5}, {}, {}]
+    spans = Spans(report.response_html(["<b>", "&", "\n"], [2.0, -1.0, 0.0], known, 1, 2.0)).found
+    assert [s["text"] for s in spans] == ["<b>", "&", "↵\n"]
+    assert [s["class"] for s in spans] == ["c", "b w", "b"]
+    assert [s["style"] for s in spans] == ["--s:1.00", "--s:0.50", "--s:0.00"]
+    lines = ["'<b>'", "signal +2.000", "base 0.5000", "teacher ce 4e-05"]
+    assert spans[0]["title"].split("\n") == lines
+    assert spans[1]["title"].split("\n") == ["'&', the first wrong token", "signal -1.000"]
+
+
+# -------------------------------------------------------------------------------------------------
+# The page in a browser: colours, size, nothing loaded, and what a click shows
+
+
+def luminance(rgb):
+    """Relative luminance of sRGB bytes (WCAG 2.2)."""
+    linear = [c / 255 / 12.92 if c / 255 <= 0.04045 else ((c / 255 + 0.055) / 1.055) ** 2.4
+              for c in rgb]  # fmt: skip
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    """Contrast ratio of two colours (WCAG 2.2), 1 to 21."""
+    low, high = sorted([luminance(one), luminance(other)])
+    return (high + 0.05) / (low + 0.05)
+
+
+def theme(dark):
+    """{name: rgb} of the page's colours."""
+    text = report.STYLE[report.STYLE.index("@media (prefers-color-scheme: dark)") :]
+    text = text if dark else report.STYLE[: report.STYLE.index("@media")]
+    colours = {n: bytes.fromhex(v) for n, v in re.findall(r"--(\w+): #(\w{6})", text)}
+    triples = re.findall(r"--(\w+): (\d+),(\d+),(\d+)", text)
+    return colours | {name: tuple(map(int, rgb)) for name, *rgb in triples}
+
+
+def test_contrast_is_that_of_wcag():
+    assert contrast((0, 0, 0), (255, 255, 255)) == pytest.approx(21)
+    assert contrast((119, 119, 119), (255, 255, 255)) == pytest.approx(4.48, abs=0.01)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_text_is_readable_on_every_colour(dark):
+    """4.5 is WCAG's least for text (AA), 3 that for marks such as the frame of the first wrong
+    token; .c and .b lay their colour over the back of `pre` by the strength --s."""
+    colours = theme(dark)
+    assert {"text", "back", "soft", "blue", "red"} <= colours.keys()
+    assert re.search(r"\.c { background: rgba\(var\(--blue\), var\(--s\)\)", report.STYLE)
+    assert re.search(r"\.b { background: rgba\(var\(--red\), var\(--s\)\)", report.STYLE)
+    for back in ("back", "soft"):
+        assert contrast(colours["text"], colours[back]) >= 7
+        for name in ("blue", "red"):
+            for strength in np.linspace(0, 1, 11):
+                pairs = zip(colours[name], colours[back], strict=True)
+                shown = [strength * full + (1 - strength) * under for full, under in pairs]
+                assert contrast(colours["text"], shown) >= 4.5, (back, name, strength)
+    # Full strength stands out from the page.
+    assert all(contrast(colours[name], colours["soft"]) >= 2 for name in ("blue", "red"))
+
+
+def add_signals(run, model, names=("ruined", "strong"), tail=""):
+    """Rollouts and signals files of a run, as build_signals.py writes them. The model's tokenizer
+    has one character a token."""
+    shutil.copytree(model, run / "base")
+    tokenizer = common.load_tokenizer(model)
+    texts = [("1+1=?\n", "so 1+1=2#" + tail, 1), ("1+1=?\n", "so 1+1=3" + tail, 0)] * 2
+    ids = [[tokenizer.convert_tokens_to_ids(list(t)) for t in pair[:2]] for pair in texts]
+    prompt_lens = torch.tensor([len(p) for p, _ in ids], dtype=torch.int32)
+    lengths = torch.tensor([0] + [len(p) + len(r) for p, r in ids])
+    rollouts = common.Rollouts(
+        run / "rollouts/rollouts.safetensors", {},
+        tokens=torch.tensor(sum((p + r for p, r in ids), []), dtype=torch.int32),
+        cu_seqlens=lengths.cumsum(0), prompt_lens=prompt_lens,
+        rewards=torch.tensor([float(right) for *_, right in texts]),
+        problem_index=torch.tensor([0, 0, 1, 1], dtype=torch.int32),
+        truncated=torch.zeros(4, dtype=torch.bool),
+        first_wrong_token=torch.tensor([-1, 13, -1, 13], dtype=torch.int32),
+    )  # fmt: skip
+    common.save_rollouts(rollouts)
+    made_for = common.fingerprint(rollouts.path)
+    for i, name in enumerate(names):
+        generator = torch.Generator().manual_seed(i)
+        base, teacher = (-torch.rand(len(rollouts.tokens), generator=generator) for _ in range(2))
+        models = {"behavior": ("base", "0"), "base": ("base", "0"), "reference_0": ("base", "0"),
+                  "teacher_0": (f"x/stage1/{name}", name)}  # fmt: skip
+        metadata = {
+            "rollouts": made_for if name != "stranger" else "other", "weights": [1.0],
+            "models": {r: {"path": p, "fingerprint": f} for r, (p, f) in models.items()},
+        }  # fmt: skip
+        arrays = {f"{role}_logprobs": teacher if role == "teacher_0" else base.clone()
+                  for role in models} | {"signal": teacher - base}  # fmt: skip
+        common.save_tensors(run / f"signals/{name}.safetensors", arrays, metadata)
+        common.write_json(run / f"signals/{name}.json", {"auc": 0.5} | metadata)
+    return rollouts
+
+
+def test_token_page_has_every_signal_of_a_response_side_by_side(tmp_path, model_folders):
+    run = tmp_path / "run"
+    add_signals(run, model_folders[0], ("ruined", "stranger", "strong"))
+    page = report.token_page(run, 1, 8000)
+    assert "not shown: stranger" in page
+    cells = re.findall(r"<div><b>(\w+)</b> sum [+-][\d.]+<pre>(.*?)</pre></div>", page, re.S)
+    assert [name for name, _ in cells] == ["ruined", "strong"] * 2  # the correct one, the wrong one
+    spans = [Spans(text).found for _, text in cells]
+    assert ["".join(s["text"] for s in cell) for cell in spans[1:3]] == [
+        "so 1+1=2<unk>",
+        "so 1+1=3",
+    ]
+    assert [[i for i, s in enumerate(c) if "w" in s["class"].split()] for c in spans] == [
+        [], [], [7], [7]
+    ]  # fmt: skip
+    arrays, _ = common.load_tensors(run / "signals/strong.safetensors", {})
+    at = 6 + 9 + 6 + 7  # the marked token of the second response: its "3"
+    title = spans[3][7]["title"].split("\n")
+    assert title == [
+        "'3', the first wrong token",
+        f"signal {arrays['signal'][at]:+.3f}",
+        f"base {arrays['base_logprobs'][at].exp():.4f}",  # which is the reference too
+        f"teacher strong {arrays['teacher_0_logprobs'][at].exp():.4f}",
+    ]
+
+
+def test_page_loads_nothing_and_stays_below_its_size(tmp_path, model_folders):
+    """Thirty signals of policies with long names do not fit at first: fewer tokens are shown."""
+    run = tmp_path / "run"
+    make_run(run)
+    names = [f"teacher_{i}_" + 200 * "x" for i in range(30)]
+    add_signals(run, model_folders[0], names, tail=200 * ",")
+    assert len(report.token_page(run, 50, report.PAGE_TOKENS)) > report.PAGE_BYTES
+    report.main(report.Args(run, resamples=40, pairs=50))
+    page = (run / "report.html").read_bytes()
+    assert 50_000 < len(page) <= report.PAGE_BYTES
+    assert page.count(b"src=") == page.count(b'src="data:image/png;base64,') == 2
+    rest = re.sub(rb"data:image/png;base64,[\w+/=]*", b"", page)
+    assert not re.search(rb"href|srcset|url\(|@import|//|<link|<iframe|fetch\(", rest)
+    assert b"default-src 'none'" in page  # and the browser would refuse
+
+
+BROWSER = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs a Chromium")
+def test_click_and_arrow_keys_show_a_token_under_every_signal(tmp_path, model_folders):
+    run = tmp_path / "run"
+    make_run(run)
+    add_signals(run, model_folders[0])
+    report.main(report.Args(run, resamples=40, pairs=1))
+    page = (run / "report.html").read_text()
+    click = """<script> {
+    const tip = document.getElementById("tip"), wrong = document.querySelector("pre .w");
+    wrong.dispatchEvent(new MouseEvent("click", {bubbles: true}));
+    const clicked = tip.textContent, chosen = document.querySelectorAll(".x").length;
+    document.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowLeft"}));
+    document.body.dataset.shown = JSON.stringify([clicked, tip.textContent, chosen]);
+    } </script>"""
+    (run / "driven.html").write_text(page.replace("</body>", click + "</body>"))
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path}/browser", f"file://{run}/driven.html"]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    data = re.search(r'data-shown="([^"]*)"', dom)
+    assert data, dom[-2000:]
+    clicked, left, chosen = json.loads(html.unescape(data[1]))
+    assert chosen == 2  # the same token, once a signal
+    first, second = clicked.splitlines()
+    assert first.startswith("ruined: '3', the first wrong token  signal")
+    assert second.startswith("strong: '3', the first wrong token  signal")
+    assert "base 0." in second and "teacher strong 0." in second
+    assert left.startswith("ruined: '='  signal")
 
 
 def test_whole_report(tmp_path, capsys):
@@ -202,7 +392,7 @@ def test_whole_report(tmp_path, capsys):
     assert path["kl_ratio"] is None and path["kl_ratio_reason"] == "never reached"
     assert path["problems"] == 30
     page = (run / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and "http" not in page
+    assert page.count("data:image/png;base64,") == 2 and "://" not in page
     assert "above the best early-stopping path" in page
     assert capsys.readouterr().out.splitlines()[-1] == str(run / "report.html")
 

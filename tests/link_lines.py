@@ -49,7 +49,7 @@ def with_foot(page: str, text: str) -> str:
     for name in dict.fromkeys(USED.findall(body)):
         places = [file for file in files(page) if name in definitions(file)]
         if not places:
-            raise KeyError(f"docs/{page}: [`{name}`] is defined nowhere; drop the brackets, or mend")
+            raise KeyError(f"docs/{page}: [`{name}`] is defined nowhere; mend or drop the link")
         found.append(f"[`{name}`]: ../{places[0]}#L{definitions(places[0])[name]}\n")
     return body + (FOOT + "".join(found) if found else "")
 

@@ -237,22 +237,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def run_script(script: str, place: Path, **changes: str) -> str:
+def run_script(script: str, place: Path, **changes: str) -> None:
     environment = os.environ | warm.CPU | {"ERPD_VENV": str(place / "venv"), "QUICK": "1"} | changes
     done = subprocess.run(["bash", ROOT / script], env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
 
 
 def test_arithmetic_example_in_small(place: Path) -> None:
     """The one command of the README."""
     run = place / "run"
-    printed = run_script("examples/arithmetic/run.sh", place, RUN=str(run))
-    summary = common.read_json(run / "summary.json")
-    assert {"base", "ce", "sapo", "student_strong"} <= {*summary["policies"]}
+    run_script("examples/arithmetic/run.sh", place, RUN=str(run))
+    named = {row["name"] for row in common.read_json(run / "summary.json")["policies"]}
+    assert {"base", "ce", "sapo", "student_strong"} <= named
     assert (run / "report.html").stat().st_size > 10_000
-    again = run_script("examples/arithmetic/run.sh", place, RUN=str(run))
-    assert "is complete" in again and len(again) < len(printed)
 
 
 def test_family_run_starts_its_two_scripts(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import annotate
+import link_lines
 import memory
 import pytest
 import tiny
@@ -20,6 +21,7 @@ import stage2_distill
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+TEXTS = [*PAGES, *sorted(ROOT.glob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]
 STAGES = ("evaluate", "stage1_extreme", "build_signals", "stage2_distill")
 SHORT = {"epochs": 1, "batch_size": 32, "micro_batch_tokens": 2048}  # one step is the whole data
 
@@ -91,6 +93,52 @@ def test_signals_keys(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
+# Links
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_names_link_to_the_line_that_defines_them(page: Path) -> None:
+    assert page.read_text() == link_lines.with_foot(page.name, page.read_text()), (
+        "code has moved: python tests/link_lines.py"
+    )
+
+
+def numbered(page: str, section: str) -> list[str]:
+    """Its numbered items, each with the lines that belong to it."""
+    text = (ROOT / "docs" / page).read_text().split(link_lines.FOOT)[0]
+    text = text.split(section, 1)[1].split("\n## Results")[0].split("\n## Traps")[0]
+    return re.split(r"^\d+\. ", text, flags=re.MULTILINE)[1:]
+
+
+def test_every_detail_is_linked_and_every_statement_tested() -> None:
+    for stage, page in zip(STAGES, ("evaluate", "stage1", "build_signals", "stage2"), strict=True):
+        items = numbered(f"{page}.md", "## Implementation details")
+        assert len(items) > 5 and all(link_lines.USED.search(item) for item in items), stage
+    statements = numbered("algorithm.md", "## 1. ")
+    assert len(statements) > 15
+    assert [item for item in statements if "[`test_" not in item] == []
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of its headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda path: path.name)
+def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
+    text = page.read_text()
+    inline, feet = r"\]\(([^)\s]+)\)", r"^\[.+\]: (\S+)"
+    for target in re.findall(inline, text) + re.findall(feet, text, re.MULTILINE):
+        if not re.match(r"https?:", target):
+            name, _, anchor = target.partition("#")
+            path = (page.parent / name) if name else page
+            assert path.exists(), target
+            if anchor and path.suffix == ".md":
+                assert anchor in anchors(path), target
+
+
+# --------------------------------------------------------------------------------------------------
 # Flags
 
 
@@ -154,7 +202,15 @@ def test_pages_name_only_our_flags() -> None:
     torchrun = set(get_args_parser()._option_string_actions)
     slurm = (ROOT / "examples" / "qwen3_4b" / "run.slurm").read_text()
     known |= set(re.findall(r"(?<!\S)(--[a-z-]+)", slurm))
-    for page in PAGES:
+    for page in TEXTS:
         named = set(re.findall(r"(?<!\S)`?(--[a-z][a-z-]*)", page.read_text()))
-        assert named - known - torchrun == set(), page.name
-        assert commands(page), page.name
+        assert named - known - torchrun - {"--help"} == set(), page.name
+
+
+def test_measured_rows_of_the_readme_are_those_of_the_results() -> None:
+    """Every row with a deviation stands, letter by letter, in the page that seeds.py writes."""
+    results = (ROOT / "docs" / "results.md").read_text().splitlines()
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if "|" in line]
+    measured = [line for line in rows if re.search(r"\d ± \d", line)]
+    assert len(measured) > 5
+    assert [line for line in measured if line not in results] == []

@@ -142,20 +142,21 @@ def test_compare_equals_brute_force(rollouts):
     assert silent["share_of_size_with_verdict"] is None
 
 
-def test_the_scale_meets_the_share():
-    """Two tokens in four hundred stand out, 1 and 2; base probability 0.05, so no step is dear."""
+def test_the_scale_leaves_as_many_targets_as_wanted():
+    """Two tokens in four hundred are blamed, by 1 and 2; base probability 0.05: no step is dear."""
     signal = torch.zeros(400)
-    signal[:2], base = torch.tensor([1.0, -2.0]), torch.full((400,), 0.05).log()
+    signal[:3], base = torch.tensor([-1.0, -2.0, 9.0]), torch.full((400,), 0.05).log()
     bounds = {"signal_clip": 3.0, "signal_floor": 1.5, "token_kl": 0.5}
-    scale, share = signals.scale_for_share(signal, base, 1 / 400, **bounds)
-    assert (scale, share) == (pytest.approx(2**-0.25), 1 / 400)  # 2 x 0.84 is past 1.5
-    scale, share = signals.scale_for_share(signal, base, 2 / 400, **bounds)
-    assert (scale, share) == (pytest.approx(2**0.75), 2 / 400)  # 1 x 1.68
+
+    def scaled(wanted: float, base_logprobs: torch.Tensor = base) -> tuple[float, int]:
+        return signals.scale_for_targets(signal, base_logprobs, wanted, **bounds)
+
+    assert scaled(1) == (pytest.approx(2**-0.25), 1)  # 2 x 0.84 is past 1.5
+    assert scaled(1.1) == scaled(2) == (pytest.approx(2**0.75), 2)  # 1 x 1.68
     # More than there is: the least scale that leaves most.
-    assert signals.scale_for_share(signal, base, 0.5, **bounds) == (pytest.approx(2**0.75), 2 / 400)
+    assert scaled(3) == (pytest.approx(2**0.75), 2)
     # Blamed where the base is sure, no token gets a target, however large the signal.
-    forced = torch.full((400,), 0.9999).log()
-    assert signals.scale_for_share(-signal.abs(), forced, 1 / 400, **bounds) == (1.0, 0.0)
+    assert scaled(1, torch.full((400,), 0.9999).log()) == (1.0, 0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -186,15 +187,14 @@ def test_stage_2_takes_what_the_script_writes(tmp_path, capsys):
     rollouts = common.load_rollouts(folder / "rollouts")
     verdicts = 2 * rollouts.rewards[rollouts.sequence_ids] - 1
     assert torch.equal(made, torch.where(old["signal"] * verdicts > 0, 2 * old["signal"], 0.0))
-    # A tenth of the tokens asked to move: what stage 2 then makes of it.
-    share = {"target_share": 0.1, "signal_clip": 2.0, "signal_floor": 0.5, "token_kl": 0.3}
-    signals.main(arguments(tmp_path / "c.safetensors", tmp_path / "b.safetensors", **share))
-    arrays, mask = common.load_tensors(tmp_path / "c.safetensors", {})[0], rollouts.response_mask
-    bounds = {name: share[name] for name in signals.BOUNDS} | {"signal_scale": 1.0}
+    # Three tokens blamed for each wrong response, counted in what stage 2 then makes of it.
+    wanted = {"targets_per_wrong": 3.0, "signal_clip": 2.0, "signal_floor": 0.5, "token_kl": 0.3}
+    signals.main(arguments(tmp_path / "c.safetensors", tmp_path / "b.safetensors", **wanted))
+    arrays, wrong = common.load_tensors(tmp_path / "c.safetensors", {})[0], rollouts.rewards == 0
+    bounds = {name: wanted[name] for name in signals.BOUNDS} | {"signal_scale": 1.0}
     target = stage2_distill.bounded_target(arrays["signal"], arrays["base_logprobs"], **bounds)
-    asked = (target[mask] != 0).float().mean().item()
-    assert asked == pytest.approx(common.read_json(tmp_path / "c.json")["target_share"])
-    assert 0.1 <= asked < 0.2
+    blamed, report = int((target < 0).sum()), common.read_json(tmp_path / "c.json")
+    assert blamed == report["blamed"] >= report["blamed_wanted"] == 3 * int(wrong.sum()) > 0
     stage2_distill.main(stage2_distill.Args(
         base=str(folder / "base"), rollouts=folder / "rollouts", output=tmp_path / "student",
         signals=tmp_path / "b.safetensors", epochs=1, batch_size=16, kl_holdout=0.25,
@@ -207,7 +207,7 @@ def test_stage_2_takes_what_the_script_writes(tmp_path, capsys):
     [({"weights": (1.0, 2.0)}, "--weights"), ({"alpha": 0.0}, "--alpha"),
      ({"clip": -1.0}, "--clip"), ({"combine": "mean", "weights": (-1.0,)}, "--weights"),
      ({"power": 0.0}, "--power"), ({"verdict_eps": 2.0}, "--verdict-eps"),
-     ({"target_share": 1.0}, "--target-share"), ({"token_kl": 0.0}, "--token-kl"),
+     ({"targets_per_wrong": -1.0}, "--targets-per-wrong"), ({"token_kl": 0.0}, "--token-kl"),
      ({"base": "other"}, "--base")],
 )  # fmt: skip
 def test_bad_input_is_named(changes, named, tmp_path):

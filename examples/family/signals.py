@@ -11,8 +11,9 @@
        clip        min(max(x, -c), c)
        log_mixture log(alpha e^x + 1 - alpha): from below by log(1 - alpha), not from above  (TOP-D)
        power       sign(x) |x|^p
-    4  scale, so that the bounds of stage 2 leave a given share of the tokens a target: how far a
-       teacher has moved then no longer decides how much is asked of its student
+    4  scale, so that the bounds of stage 2 leave a given number of targets for each wrong response,
+       which has one first mistake: how far a teacher has moved then no longer decides how much is
+       asked of its student, nor do many right responses drown few wrong ones
 
 What is one call of build_signals.py is not here: teacher minus base, minus an inverted-reward
 teacher, recovery minus unlearned, base minus unlearned (docs/family.md shows them).
@@ -76,14 +77,14 @@ class Args:
     """alpha of log_mixture, the teacher's share in the proximal teacher (NeMo-RL's example: 0.2)"""
     power: float = 0.5
     """p of power; below 1 it lifts what is small (ours)"""
-    target_share: float = 0.0
-    """last, scale: share of response tokens that get a target at --signal-scale 1 (ours); 0: off"""
+    targets_per_wrong: float = 0.0
+    """last, scale: tokens blamed for each wrong response, at --signal-scale 1 (ours); 0: off"""
     signal_clip: float = stage2_distill.Args.signal_clip
-    """c of stage 2, nats, for --target-share"""
+    """c of stage 2, nats, for --targets-per-wrong"""
     signal_floor: float = stage2_distill.Args.signal_floor
-    """floor of stage 2, nats, for --target-share"""
+    """floor of stage 2, nats, for --targets-per-wrong"""
     token_kl: float = stage2_distill.Args.token_kl
-    """delta of stage 2, nats, for --target-share"""
+    """delta of stage 2, nats, for --targets-per-wrong"""
 
     def check(self) -> None:
         """Raises UserError on impossible values."""
@@ -95,8 +96,7 @@ class Args:
         if self.combine != "sum":
             require(self, "weights", lambda v: all(w > 0 for w in v), f"above 0 for {self.combine}")
         require(self, "clip power signal_clip token_kl", lambda v: v > 0, "above 0")
-        require(self, "signal_floor", lambda v: v >= 0, "0 or more")
-        require(self, "target_share", lambda v: 0 <= v < 1, "0 or more and below 1")
+        require(self, "signal_floor targets_per_wrong", lambda v: v >= 0, "0 or more")
         require(self, "alpha", lambda v: 0 < v <= 1, "above 0 and at most 1")
         require(self, "verdict_eps", lambda v: 0 <= v <= 1, "between 0 and 1")
 
@@ -184,19 +184,19 @@ def construct(terms: Tensor, rollouts: Rollouts, args: Args) -> Tensor:
 SCALES = [2 ** (k / 4) for k in range(-24, 41)]  # 1/64 ... 1024
 
 
-def scale_for_share(
-    signal: Tensor, base_logprobs: Tensor, target_share: float, **bounds: float
-) -> tuple[float, float]:
-    """Least of SCALES at which stage 2's bounds leave `target_share` of the tokens [N] a target; if
-    none does, the one that leaves most. -> scale, share left."""
-    best = (1.0, 0.0)
+def scale_for_targets(
+    signal: Tensor, base_logprobs: Tensor, wanted: float, **bounds: float
+) -> tuple[float, int]:
+    """Least of SCALES at which stage 2's bounds leave `wanted` of the tokens [N] a target below 0;
+    where none does, the one that leaves most. -> scale, tokens left."""
+    best = (1.0, 0)
     for scale in SCALES:
         target = stage2_distill.bounded_target(signal, base_logprobs, signal_scale=scale, **bounds)
-        share = (target != 0).double().mean().item()
-        if share >= target_share:
-            return scale, share
-        if share > best[1]:
-            best = (scale, share)
+        left = int((target < 0).sum())
+        if left >= wanted:
+            return scale, left
+        if left > best[1]:
+            best = (scale, left)
     return best
 
 
@@ -248,20 +248,21 @@ def main(args: Args) -> None:
     tokenizer = load_tokenizer(args.base)
     terms, arrays, metadata = load_terms(args, rollouts)
     used = ("combine", "verdict", "verdict_eps", "bound", "clip", "alpha", "power")
-    if args.target_share:
-        used += ("target_share", *BOUNDS)
+    if args.targets_per_wrong:
+        used += ("targets_per_wrong", *BOUNDS)
     construction = {name: getattr(args, name) for name in used} | {"weights": list(args.weights)}
     construction["of"] = [fingerprint(path) for path in args.signals]
     metadata |= {"construction": construction}
     if is_complete(args.output, metadata, ranks):
         return
     signal, scaling = construct(terms, rollouts, args), {}
-    if args.target_share:
+    if args.targets_per_wrong:
         mask, bounds = rollouts.response_mask, {name: getattr(args, name) for name in BOUNDS}
-        scale, left = scale_for_share(
-            signal[mask], arrays["base_logprobs"][mask], args.target_share, **bounds
+        wanted = args.targets_per_wrong * int((rollouts.rewards == 0).sum())
+        scale, left = scale_for_targets(
+            signal[mask], arrays["base_logprobs"][mask], wanted, **bounds
         )
-        signal, scaling = scale * signal, {"scale": scale, "target_share": left}
+        signal, scaling = scale * signal, {"scale": scale, "blamed": left, "blamed_wanted": wanted}
     report = diagnose(signal, rollouts, tokenizer) | compare(terms, signal, rollouts) | scaling
     write_json(args.output.with_suffix(".json"), report | metadata)
     save_tensors(args.output, arrays | {"signal": signal}, metadata)

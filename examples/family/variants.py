@@ -71,9 +71,9 @@ OBJECTIVES = {
     "gspo": "--loss gspo --learning-rate 2e-4",
 }
 # Their students, teacher minus base. Teachers moved by very different amounts, so each signal is
-# scaled until the same share of the tokens has a target: what the loudest have at scale 1.
+# scaled until 1.3 tokens are blamed for each wrong response, about what the loudest do at scale 1.
 BOUNDS = "--signal-clip 3 --signal-floor 1 --token-kl 0.2"
-SCALED = f"--target-share 0.0125 {BOUNDS}"
+SCALED = f"--targets-per-wrong 1.3 {BOUNDS}"
 STUDENT = f"--objective regression --epochs 2 --learning-rate 2e-4 --signal-scale 1 {BOUNDS}"
 
 # Policies that signals are built against, in chains: a later one may start at an earlier.

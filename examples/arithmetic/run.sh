@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source tests/setup.sh
 
 SEED=${SEED:-0}
-RUN=runs/arithmetic/seed$SEED
+RUN=${RUN:-runs/arithmetic/seed$SEED}
 if [ "${QUICK:-0}" = 1 ]; then KIND=quick; else KIND=full; fi
 # A full and a quick run share the name; the other one is kept aside and comes back when asked for.
 other=$(cat "$RUN/kind" 2>/dev/null || echo "$KIND")

@@ -36,10 +36,14 @@ PG="--objective pg --learning-rate 2e-4 --clip-low 0.9 --clip-high 2"
 say "problems, base, its rollouts"
 base_and_rollouts
 export SEED RUN
-for script in run rounds plateau online; do
-  say "$script.sh"
-  bash "examples/arithmetic/$script.sh"
-done
+others() { # others SCRIPT TABLE: makes what the script ends with, unless it is there
+  say "$1.sh"
+  if [ -f "$RUN/$2" ]; then echo "$RUN/$2 is there"; else bash "examples/arithmetic/$1.sh"; fi
+}
+others run summary.json
+others rounds rounds/rounds.json
+others plateau plateau/plateau.json
+others online online/online.json
 OWN=$SECONDS
 
 stage1() { # stage1 NAME FLAGS...

@@ -155,7 +155,8 @@ def test_figures_and_numbers_of_two_seeds(seed: Path, tmp_path: Path) -> None:
 
     def measured(folder: str, key: str) -> dict[str, Any]:
         value = common.read_json(seed / folder / "metrics.json")["metrics"][key][0]
-        return {"mean": pytest.approx(value), "sd": 0, "n": 2, "values": [value] * 2}
+        value = pytest.approx(value, rel=1e-4)  # five digits
+        return {"mean": value, "sd": 0, "n": 2, "values": [value] * 2}
 
     curve = "paper/curve/{}/epoch-{:07.3f}".format
     assert numbers["dynamics"]["grpo"]["accuracy"]["2"] == measured(curve("grpo", 2), "accuracy")
@@ -168,7 +169,7 @@ def test_figures_and_numbers_of_two_seeds(seed: Path, tmp_path: Path) -> None:
     assert mse["accuracy"]["0.5"] == measured(curve("mse_weak", 0.5), "accuracy")
     rows = common.read_jsonl(seed / "paper/stage1/mse_weak/metrics.jsonl")
     lowest = min(row["log_ratio_wrong"] for row in rows)
-    assert mse["log_ratio_wrong"]["lowest"]["mean"] == pytest.approx(lowest)
+    assert mse["log_ratio_wrong"]["lowest"]["mean"] == pytest.approx(lowest, rel=1e-4)
     assert numbers["efficiency"]["ends"]["student_ruined"]["kl"] == measured(
         "eval/student_ruined", "kl"
     )
@@ -183,8 +184,9 @@ def test_figures_and_numbers_of_two_seeds(seed: Path, tmp_path: Path) -> None:
         "paper/judged/round1", "accuracy"
     )
     assert numbers["samples"]["grpo"]["rollouts"]["2"]["mean"] == 2 * 48 * 4
-    # Killed in the first round: its times are not known; GRPO's rounds were made in one go.
-    assert numbers["samples"]["erpd"]["seconds"]["1"]["mean"] is None
+    # What was killed has no time; GRPO's rounds were made in one go.
+    known = "rounds/round1/unlearned" in figures.seconds(seed)
+    assert (numbers["samples"]["erpd"]["seconds"]["1"]["mean"] is not None) == known
     assert numbers["samples"]["grpo"]["seconds"]["2"]["n"] == 2
 
 

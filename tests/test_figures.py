@@ -131,9 +131,9 @@ def test_what_was_run(seed: Path) -> None:
         assert started == common.fingerprint(own / "collapsed")
     students = {f.name: arguments(f) for f in (seed / "paper/students").iterdir()}
     assert {name: args["objective"] for name, args in students.items()} == {
-        "regression0.15": "regression", "pg0.15": "pg"
+        "regression10": "regression", "pg10": "pg"
     }  # fmt: skip
-    assert all(args["kl_budget"] == 0.15 for args in students.values())
+    assert all(args["kl_budget"] == 10 for args in students.values())
     # All is judged on the problems of rounds.sh, and every GRPO round of plateau.sh too.
     problems = (seed / "rounds/judged/base/problems.jsonl").read_bytes()
     judged = [f.parent for f in (seed / "paper").rglob("problems.jsonl")]
@@ -173,7 +173,7 @@ def test_figures_and_numbers_of_two_seeds(seed: Path, tmp_path: Path) -> None:
     assert numbers["efficiency"]["ends"]["student_ruined"]["kl"] == measured(
         "eval/student_ruined", "kl"
     )
-    assert numbers["objectives"]["pg0.15"]["kl"] == measured("paper/eval/student_pg0.15", "kl")
+    assert numbers["objectives"]["pg10"]["kl"] == measured("paper/eval/student_pg10", "kl")
     assert numbers["online"]["turn2"]["kl"] == measured("online/judged/turn2", "kl")
     assert numbers["recovery"]["collapsed"]["kl"] == measured(curve("collapsed", 1), "kl")
     assert numbers["samples"]["fixed"]["last"] == measured(curve("grpo", 2), "accuracy")

@@ -481,7 +481,7 @@ def draw_objectives(runs: Runs) -> Drawn:
     bases = [report.load_evaluation(run / "rounds/judged/base", "base") for run in runs]
     figure, ((near, efficiency_axes, kl_axes),) = panels(1, 3, 3.8, width_ratios=(2, 1, 1))
     numbers: dict[str, Any] = {"base": {"accuracy": spread(base_values(runs, "accuracy"))}}
-    labels, lines, largest = [], [], 0.0
+    labels, lines, largest = [], [], 0.1
     for objective, (colour, marker) in OBJECTIVES.items():
         values = np.array([
             [[value_of(run / f"paper/eval/student_{objective}{budget}", key) for key in keys]
@@ -797,8 +797,9 @@ def draw_samples(runs: Runs) -> Drawn:
             x = rollouts[0, 0] / 1000
             bars(by_rollouts, x, accuracy.max(1), colour, fmt="^", ms=6)
             bars(by_rollouts, x, accuracy[:, -1], colour, fmt="v", ms=6)
-            for values, text in ((accuracy.max(1), "best epoch"), (accuracy[:, -1], "last epoch")):
-                by_rollouts.annotate(text, (x, values.mean()), (7, 0), color=colour, fontsize=8,
+            ends = ((accuracy.max(1), "best epoch", 5), (accuracy[:, -1], "last epoch", -5))
+            for values, text, up in ends:
+                by_rollouts.annotate(text, (x, values.mean()), (7, up), color=colour, fontsize=8,
                                      textcoords="offset points", va="center")  # fmt: skip
             epochs = judged(runs, "grpo", "accuracy")[0]
             numbers[method] = {

@@ -17,7 +17,7 @@ BEGUN=$SECONDS
 if [ "$KIND" = quick ]; then
   REUSE="--epochs 2 --save-at 1 2" COLLAPSE="--epochs 1" RECOVER="--epochs 1 --save-at 0.5 1"
   SAPO="--epochs 2 --save-at 1 2" MSE="--epochs 1 --save-at 0.5 1" BUDGETED="--epochs 1"
-  COEFS="0.003 0.03" BUDGETS="0.15" CURVE_N=2 STUDENT_N=2
+  COEFS="0.003 0.03" BUDGETS="10" CURVE_N=2 STUDENT_N=2
 else
   REUSE="--epochs 6 --save-at 0.5 1 2 3 4 6" COLLAPSE="--epochs 1"
   SAPO="--epochs 3 --save-at 0.5 1 2 3" MSE="--epochs 4 --save-at 0.5 1 2 4"

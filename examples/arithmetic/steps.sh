@@ -1,6 +1,6 @@
-# What rounds.sh, plateau.sh and online.sh share: run folder, settings, and the steps as functions.
-# They source it from the repository root, with HERE set to the name of their own subfolder. The base
-# and the first rollouts are those of run.sh: same commands, same folder, made once.
+# What rounds.sh, plateau.sh, online.sh and figures.sh share: run folder, settings, the steps as
+# functions. They source it from the repository root, with HERE set to the name of their own subfolder.
+# The base and the first rollouts are those of run.sh: same commands, same folder, made once.
 source tests/setup.sh
 
 SEED=${SEED:-0}

@@ -388,75 +388,91 @@ DISTILLED = {"ce": "student_strong", "sapo": "student_ruined", "unlearned": "stu
 TEACHER_COLOURS = COLOURS | {"unlearned": ORANGE, "ce_gentle": SKY}
 
 
+def kl_axis(axes: Axes, largest: float) -> None:
+    """A horizontal axis of KLs: linear near 0, then decades."""
+    axes.set_xscale("symlog", linthresh=0.1, linscale=0.4)
+    axes.set_xlim(-0.02, 1.6 * largest)
+    ticks = [t for t in (0, 0.1, 0.3, 1, 3, 10, 30, 100, 300) if t <= 1.6 * largest]
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks], minor=False)
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("KL from the base, nats a response")
+
+
+def draw_ends(axes: Axes, ends: dict[str, Array], column: int) -> None:
+    """Squares of teachers, stars of students, arrows between; ends: {name: [R, accuracy, KL,
+    efficiency]}, `column` is what goes upwards."""
+    teacher_of = {student: teacher for teacher, student in DISTILLED.items()}
+    for name, values in ends.items():
+        x, y = values[:, 1], values[:, column]
+        colour = TEACHER_COLOURS[teacher_of.get(name, name)]
+        style = {"marker": "*", "ms": 12} if name in teacher_of else {"marker": "s", "ms": 6}
+        errors = [[[v.mean() - v.min()], [v.max() - v.mean()]] for v in (y, x)]
+        axes.errorbar(x.mean(), y.mean(), *errors, color=colour, mec="white", mew=0.7, lw=1,
+                      zorder=5, **style)  # fmt: skip
+        if name in teacher_of:
+            origin = ends[teacher_of[name]].mean(0)
+            axes.annotate("", (x.mean(), y.mean()), (origin[1], origin[column]), zorder=4,
+                          arrowprops={"arrowstyle": "->", "color": colour, "lw": 0.8,
+                                      "ls": (0, (2, 2)), "shrinkA": 6, "shrinkB": 8})  # fmt: skip
+
+
 def draw_efficiency(runs: Runs) -> Drawn:
     """Teachers with their early-stopping curves, and their students: accuracy and efficiency."""
     keys = ("accuracy", "kl", "kl_efficiency")
     bases = [report.load_evaluation(run / "eval/base", "base") for run in runs]
     start = np.array([base.correct.sum() / base.count.sum() for base in bases])
+    measured = {
+        name: np.array([[value_of(run / "eval" / name, key) for key in keys] for run in runs])
+        for name in (*TEACHER_COLOURS, *DISTILLED.values())
+    }
+    ends = {name: np.nan_to_num(values) for name, values in measured.items()}  # 0: not passed
     figure, ((accuracy_axes, efficiency_axes),) = panels(1, 2, 4.6)
-    numbers: dict[str, Any] = {"base": {"accuracy": spread(start)}, "curves": {}, "ends": {}}
-    largest, labels, obstacles = 1.0, [], {axes: [] for axes in (accuracy_axes, efficiency_axes)}
-    ends = {name: np.array([[value_of(run / "eval" / name, key) for key in keys] for run in runs])
-            for name in (*TEACHER_COLOURS, *DISTILLED.values())}  # fmt: skip
+    numbers: dict[str, Any] = {
+        "base": {"accuracy": spread(start)},
+        "curves": {},
+        "ends": {
+            name: {key: spread(column) for key, column in zip(keys, values.T, strict=True)}
+            for name, values in measured.items()
+        },
+    }
+    largest, obstacles = max(1.0, *(values[:, 1].max() for values in ends.values())), []
     for name, colour in TEACHER_COLOURS.items():
         epochs, accuracy, kl, efficiency = judged(runs, name, *keys, under="curve")
-        efficiency = np.nan_to_num(efficiency)  # none where the base is not passed
+        largest, shown = max(largest, kl.max()), np.nan_to_num(efficiency)
         path = np.concatenate([[[0.0, start.mean()]], np.stack([kl, accuracy], 2).mean(0)])
         share = np.linspace(0, 1, 30)[:, None]  # linear in KL, which this axis bends
         walked = [a + share * (b - a) for a, b in zip(path[:-1], path[1:], strict=True)]
         accuracy_axes.plot(*np.concatenate(walked).T, color=colour, lw=1.1, alpha=0.8)
         accuracy_axes.plot(*path[1:].T, color=colour, marker="o", ms=3, ls="")
-        efficiency_axes.plot(kl.mean(0), efficiency.mean(0), color=colour, lw=1.1, marker="o", ms=3)
-        obstacles[accuracy_axes] += walked
-        largest = max(largest, kl.max(), ends[name][:, 1].max())
-        best = efficiency.argmax(1)
+        efficiency_axes.plot(kl.mean(0), shown.mean(0), color=colour, lw=1.1, marker="o", ms=3)
+        obstacles += walked
         numbers["curves"][name] = {
-            "accuracy": along(epochs, accuracy), "kl": along(epochs, kl),
+            "accuracy": along(epochs, accuracy),
+            "kl": along(epochs, kl),
             "kl_efficiency": along(epochs, efficiency),
-            "best_efficiency": spread(efficiency.max(1)),
-            "epoch_of_best_efficiency": spread(epochs[best]),
-        }  # fmt: skip
-    teacher_of = {student: teacher for teacher, student in DISTILLED.items()}
-    for name, values in ends.items():
-        values = np.nan_to_num(values)
-        mean, colour = values.mean(0), TEACHER_COLOURS[teacher_of.get(name, name)]
-        style = {"marker": "*", "ms": 12} if name in teacher_of else {"marker": "s", "ms": 6}
-        low, high = mean - values.min(0), values.max(0) - mean
-        for axes, i in ((accuracy_axes, 0), (efficiency_axes, 2)):
-            axes.errorbar(mean[1], mean[i], [[low[i]], [high[i]]], [[low[1]], [high[1]]],
-                          color=colour, mec="white", mew=0.7, lw=1, zorder=5, **style)  # fmt: skip
-            if name in teacher_of:
-                origin = np.nan_to_num(ends[teacher_of[name]]).mean(0)
-                axes.annotate("", (mean[1], mean[i]), (origin[1], origin[i]), zorder=4, arrowprops={
-                    "arrowstyle": "->", "color": colour, "lw": 0.8, "ls": (0, (2, 2)),
-                    "shrinkA": 6, "shrinkB": 8,
-                })  # fmt: skip
-        if name not in teacher_of:  # its star has the teacher's colour
-            labels.append((mean[1], mean[0], report.label(name), colour))
-        rows = zip(keys, ends[name].T, strict=True)
-        numbers["ends"][name] = {key: spread(column) for key, column in rows}
-    for axes in (accuracy_axes, efficiency_axes):
-        axes.set_xscale("symlog", linthresh=0.1, linscale=0.4)
-        axes.set_xlim(-0.02, 1.6 * largest)
-        ticks = [t for t in (0, 0.1, 0.3, 1, 3, 10, 30, 100, 300) if t <= 1.6 * largest]
-        axes.set_xticks(ticks, [f"{t:g}" for t in ticks], minor=False)
-        axes.set_xticks([], minor=True)
-        axes.set_xlabel("KL from the base, nats a response")
+            "best_efficiency": spread(shown.max(1)),
+            "epoch_of_best_efficiency": spread(epochs[shown.argmax(1)]),
+        }
+    for axes, column in ((accuracy_axes, 0), (efficiency_axes, 2)):
+        kl_axis(axes, largest)
+        draw_ends(axes, ends, column)
+        axes.set_title("square: a teacher's end; star: its student", fontsize=9)
     accuracy_axes.set(ylabel="accuracy, held out", ylim=(-0.03, 1.06))
+    obstacles.append(limits(accuracy_axes, bases, largest))
+    labels = [(*ends[name].mean(0)[1::-1], report.label(name), colour)
+              for name, colour in TEACHER_COLOURS.items()]  # fmt: skip
+    report.place_labels(accuracy_axes, labels, np.concatenate(obstacles))
+
     efficiency_axes.set(ylabel="KL efficiency (0: base not passed)", ylim=(-0.03, 1.1))
-    obstacles[accuracy_axes].append(limits(accuracy_axes, bases, largest))
     efficiency_axes.axhline(1, color="#555555", lw=1)
     efficiency_axes.axhspan(1, 1.1, color="#EEEEEE", zorder=0, lw=0)
-    efficiency_axes.text(0.012, 0.985, "out of reach", fontsize=8.5, color="#555555",
+    efficiency_axes.text(0.02, 0.985, "out of reach", fontsize=8, color="#555555",
                          transform=efficiency_axes.transAxes, va="top")  # fmt: skip
     best = optimum_efficiency(bases, (0.02, 1.6 * largest))
     efficiency_axes.plot(*best.T, color="#555555", lw=1, ls=DASHED)
-    efficiency_axes.text(*best[-1], " optimum", fontsize=8.5, color="#555555", va="center")
+    efficiency_axes.text(*best[-1], " optimum", fontsize=8, color="#555555", va="center")
     numbers["optimum_efficiency"] = {"lowest": float(best[:, 1].min()),
                                      "highest": float(best[:, 1].max())}  # fmt: skip
-    report.place_labels(accuracy_axes, labels, np.concatenate(obstacles[accuracy_axes]))
-    for axes in (accuracy_axes, efficiency_axes):
-        axes.set_title("square: a teacher's end; star: its student", fontsize=9)
     return figure, numbers
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import make_base
 import pytest
+import scripts
 import torch
+import warm
 
 import common
 
@@ -106,3 +110,26 @@ def rollouts(tmp_path_factory: pytest.TempPathFactory) -> common.Rollouts:
     made = make_rollouts(path, len(make_base.make_tokenizer()))
     common.save_rollouts(made)
     return made
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder for one run of the arithmetic example and an environment without installation."""
+    folder = tmp_path_factory.mktemp("arithmetic")
+    (folder / "venv" / "bin").mkdir(parents=True)
+    shutil.copy(scripts.ROOT / "requirements.txt", folder / "venv/requirements-installed.txt")
+    with warm.warm_python(folder):
+        (folder / "venv" / "bin" / "python").symlink_to(folder / "python")
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def two_rounds(place: Path) -> Path:
+    """A quick run folder: rounds.sh, killed in the first round and started again."""
+    run = place / "run"
+    process = scripts.start(place, "rounds", ROUNDS="2")
+    scripts.kill_when(process, run / "rounds/round1/unlearned/config.json")
+    assert not (run / "rounds/round2").exists()
+    printed = scripts.finish(scripts.start(place, "rounds", ROUNDS="2"))
+    assert "unlearned is complete" in printed
+    return run

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import atexit
 import functools
-import os
 import shutil
-import signal
-import subprocess
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +15,13 @@ import pytest
 import rounds
 import tiny
 import torch
-import warm
 from safetensors.torch import load_file
+from scripts import finish, start
 
 import build_signals
 import common
 import evaluate
 import stage2_distill
-
-ROOT = Path(__file__).resolve().parents[1]
-
 
 # --------------------------------------------------------------------------------------------------
 # Stage 2 from another policy than the base
@@ -179,34 +171,6 @@ def test_flat_is_no_gain_over_two_rounds() -> None:
 # The scripts
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder for one run and an environment that needs no installation."""
-    folder = tmp_path_factory.mktemp("rounds")
-    (folder / "venv" / "bin").mkdir(parents=True)
-    stamp = folder / "venv" / "requirements-installed.txt"
-    shutil.copy(ROOT / "requirements.txt", stamp)
-    with warm.warm_python(folder):
-        (folder / "venv" / "bin" / "python").symlink_to(folder / "python")
-        yield folder
-
-
-def start(place: Path, script: str, **changes: str) -> subprocess.Popen:
-    environment = os.environ | warm.CPU | {
-        "ERPD_VENV": str(place / "venv"), "RUN": str(place / "run"), "QUICK": "1", "SEED": "0",
-    } | changes  # fmt: skip
-    return subprocess.Popen(
-        ["bash", ROOT / "examples" / "arithmetic" / f"{script}.sh"], env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-
-
-def finish(process: subprocess.Popen) -> str:
-    printed = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, printed
-    return printed
-
-
 def inputs(folder: Path) -> dict[str, str]:
     """Fingerprints of what a run was made of."""
     return common.read_json(folder / "args.json")["inputs"]
@@ -214,20 +178,6 @@ def inputs(folder: Path) -> dict[str, str]:
 
 def texts(path: Path) -> set[str]:
     return {row["problem"] for row in common.read_jsonl(path)}
-
-
-@pytest.fixture(scope="module")
-def two_rounds(place: Path) -> Path:
-    """rounds.sh, killed in the first round and started again."""
-    run, process = place / "run", start(place, "rounds", ROUNDS="2")
-    while process.poll() is None and not (run / "rounds/round1/unlearned/config.json").exists():
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert not (run / "rounds/round2").exists()
-    printed = finish(start(place, "rounds", ROUNDS="2"))
-    assert "unlearned is complete" in printed
-    return run
 
 
 def test_the_student_is_the_base_of_the_next_round(two_rounds: Path) -> None:

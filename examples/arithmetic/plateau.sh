@@ -19,8 +19,8 @@ if [ "$KIND" = quick ]; then MAX_ROUNDS=2; else MAX_ROUNDS=${MAX_ROUNDS:-10}; fi
 WATCHED=$HERE/watched JUDGED=$HERE/judged
 
 grpo() { # grpo POLICY FOLDER OUTPUT EPOCHS
-  "$PYTHON" stage1_extreme.py --base "$1" --rollouts "$2/rollouts" --output "$3" --epochs "$4" \
-    --seed "$SEED" $GRPO
+  timed "$3" "$PYTHON" stage1_extreme.py --base "$1" --rollouts "$2/rollouts" --output "$3" \
+    --epochs "$4" --seed "$SEED" $GRPO
 }
 fresh() { # fresh POLICY NUMBER: rollouts of the policy on problems of their own
   problems "round$2" "$HERE/round$2/train.jsonl"

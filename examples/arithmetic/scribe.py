@@ -28,6 +28,13 @@ PROBLEM = re.compile(r"\d+([+-]\d+)+=\?")
 CONNECTOR = re.compile(f"(?:{'|'.join(CONNECTORS[1:])})?")
 CLOSING = re.compile(f"(?:{'|'.join(CLOSINGS[1:])})?")
 
+# The parts of a response, in order; of each its kind, in `token_kinds`.
+STEP = re.compile(rf"({'|'.join(CONNECTORS[1:])}|)(-?\d+[+-]\d+)(=)(-?\d+)({SEPARATOR})")
+STEP_KINDS = ("word", "copied", "punctuation", "result", "punctuation")
+ENDING = re.compile(rf"({'|'.join(CLOSINGS[1:])}|)(\\boxed{{)(-?\d+)(}})")
+ENDING_KINDS = ("word", "punctuation", "answer", "punctuation")
+KINDS = ("style", "word", "copied", "result", "punctuation", "answer", "end", "other")
+
 
 def make_problem(rng: random.Random) -> str:
     """A chain of 1 to MAX_STEPS operations whose results stay within 0 ... MAX_TOTAL."""
@@ -109,3 +116,24 @@ def first_wrong_character(problem: str, response: str) -> int:
 def _at(position: int, response: str) -> int:
     """A response that merely ended too early has no wrong character."""
     return position if position < len(response) else -1
+
+
+def token_kinds(response: str) -> list[str]:
+    """One of KINDS for every character, and the last for the end of the response.
+
+    style: the first character of a step or of the ending, where a connecting word is chosen or left
+    out; word: the rest of that word; copied: numbers and signs of the problem or of the step
+    before; result: what a step comes to; answer: the number in the box; other: off the grammar.
+
+    >>> token_kinds("so 7+2=9, \\\\boxed{9}")[:8]
+    ['style', 'word', 'word', 'copied', 'copied', 'copied', 'punctuation', 'result']
+    """
+    kinds: list[str] = []
+    while found := STEP.match(response, len(kinds)) or ENDING.match(response, len(kinds)):
+        names = STEP_KINDS if found.re is STEP else ENDING_KINDS
+        parts = zip(found.groups(), names, strict=True)
+        part = [name for text, name in parts for _ in text]
+        kinds += ["style", *part[1:]]
+        if found.re is ENDING:
+            break
+    return [*kinds, *["other"] * (len(response) - len(kinds)), "end"]

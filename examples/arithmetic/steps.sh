@@ -1,6 +1,6 @@
-# What rounds.sh, plateau.sh and online.sh share: run folder, settings, and the steps as functions.
-# They source it from the repository root, with HERE set to the name of their own subfolder. The base
-# and the first rollouts are those of run.sh: same commands, same folder, made once.
+# What rounds.sh, plateau.sh, online.sh and figures.sh share: run folder, settings, the steps as
+# functions. They source it from the repository root, with HERE set to the name of their own subfolder.
+# The base and the first rollouts are those of run.sh: same commands, same folder, made once.
 source tests/setup.sh
 
 SEED=${SEED:-0}
@@ -36,6 +36,15 @@ GRPO="--loss grpo --learning-rate $GRPO_RATE $QUICKLY"
 SAMPLE="--max-new-tokens 128 --seed $SEED"
 
 say() { printf '\n== %s\n' "$1"; }
+timed() { # timed OUTPUT COMMAND...: its seconds into HERE/seconds.jsonl, unless some of it was there
+  local output=$1 begun=$SECONDS new=1
+  shift
+  [ ! -e "$output" ] || new=0
+  "$@"
+  [ $new = 0 ] ||
+    printf '{"output": "%s", "seconds": %d}\n' "${output#"$RUN"/}" $((SECONDS - begun)) \
+      >> "$HERE/seconds.jsonl"
+}
 
 base_and_rollouts() { # of run.sh: RUN/base, train.jsonl, test.jsonl, rollouts
   "$PYTHON" examples/arithmetic/make_base.py --output "$RUN" --seed "$SEED" $BASE
@@ -48,26 +57,28 @@ problems() { # problems NAME FILE: fresh ones, none that was used before
   TAKEN+=("$2")
 }
 sample() { # sample MODEL FOLDER: FOLDER/rollouts on FOLDER/train.jsonl, first wrong tokens marked
-  "$PYTHON" evaluate.py --model "$1" --problems "$2/train.jsonl" --output "$2/rollouts" --n $N $SAMPLE
+  timed "$2/rollouts" "$PYTHON" evaluate.py --model "$1" --problems "$2/train.jsonl" \
+    --output "$2/rollouts" --n $N $SAMPLE
   if [ ! -f "$2/annotated" ]; then
     "$PYTHON" examples/arithmetic/annotate.py --rollouts "$2/rollouts"
     touch "$2/annotated"
   fi
 }
 unlearn() { # unlearn BASE ROLLOUTS OUTPUT
-  "$PYTHON" stage1_extreme.py --base "$1" --rollouts "$2" --output "$3" --seed "$SEED" $UNLEARN
+  timed "$3" "$PYTHON" stage1_extreme.py --base "$1" --rollouts "$2" --output "$3" --seed "$SEED" \
+    $UNLEARN
 }
 signals() { # signals BASE ROLLOUTS UNLEARNED OUTPUT FLAGS...: base minus unlearned
   local base=$1 rollouts=$2 unlearned=$3 output=$4
   shift 4
-  "$PYTHON" build_signals.py --rollouts "$rollouts" --base "$base" --teachers "$base" \
-    --references "$unlearned" --output "$output" "$@"
+  timed "$output" "$PYTHON" build_signals.py --rollouts "$rollouts" --base "$base" \
+    --teachers "$base" --references "$unlearned" --output "$output" "$@"
 }
 student() { # student BASE ROLLOUTS SIGNALS OUTPUT FLAGS...
   local base=$1 rollouts=$2 signals=$3 output=$4
   shift 4
-  "$PYTHON" stage2_distill.py --base "$base" --rollouts "$rollouts" --signals "$signals" \
-    --output "$output" --seed "$SEED" $STUDENT "$@"
+  timed "$output" "$PYTHON" stage2_distill.py --base "$base" --rollouts "$rollouts" \
+    --signals "$signals" --output "$output" --seed "$SEED" $STUDENT "$@"
 }
 judge() { # judge MODEL FOLDER PROBLEMS FLAGS...: FOLDER/base is the base's own
   local model=$1 output=$2 problems=$3

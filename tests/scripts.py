@@ -1,0 +1,39 @@
+"""Starts the shell scripts of examples/arithmetic in small, on one run folder of the session."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import warm
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def start(place: Path, script: str, **changes: str) -> subprocess.Popen:
+    """`place` holds venv/ (an environment that needs no installation) and run/."""
+    environment = os.environ | warm.CPU | {
+        "ERPD_VENV": str(place / "venv"), "RUN": str(place / "run"), "QUICK": "1", "SEED": "0",
+    } | changes  # fmt: skip
+    return subprocess.Popen(
+        ["bash", ROOT / "examples" / "arithmetic" / f"{script}.sh"], env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> str:
+    """Waits for the end; returns what was printed."""
+    printed = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, printed
+    return printed
+
+
+def kill_when(process: subprocess.Popen, written: Path) -> None:
+    """kill -9 of all its processes as soon as a file is there."""
+    while process.poll() is None and not written.exists():
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()

@@ -361,7 +361,8 @@ def figure_accuracy_kl(seeds: list[Seed]) -> Figure:
                      transform=both[0].transAxes, fontsize=9)  # fmt: skip
     both[0].text(0.98, 0.19, "grey: objectives stopped early", color="#777777", ha="right",
                  transform=both[0].transAxes, fontsize=9)  # fmt: skip
-    report.place_labels(both[1], labels, obstacles)
+    if labels:
+        report.place_labels(both[1], labels, obstacles)
     return figure
 
 

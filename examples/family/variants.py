@@ -458,9 +458,10 @@ def run_chains(chains: dict[str, Chain], args: Args, part: str) -> list[str]:
 def main(args: Args) -> None:
     common.require(args, "jobs", lambda v: v >= 1, "1 or more")
     kind, kind_file = ("quick" if args.quick else "full"), args.run / "kind"
-    if kind_file.is_file() and kind_file.read_text() != kind:
-        raise common.UserError(f"--run {args.run}: holds a {kind_file.read_text()} run, and this "
-                               f"is a {kind} one; choose another folder")  # fmt: skip
+    held = kind_file.read_text().strip() if kind_file.is_file() else kind  # steps.sh ends a line
+    if held != kind:
+        raise common.UserError(f"--run {args.run}: holds a {held} run, and this is a {kind} one; "
+                               "choose another folder")  # fmt: skip
     with common.atomic(kind_file) as temporary:
         temporary.write_text(kind)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that running commands end too

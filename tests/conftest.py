@@ -133,3 +133,15 @@ def two_rounds(place: Path) -> Path:
     printed = scripts.finish(scripts.start(place, "rounds", ROUNDS="2"))
     assert "unlearned is complete" in printed
     return run
+
+
+@pytest.fixture(scope="session")
+def quick_run(two_rounds: Path, place: Path) -> Path:
+    """The same folder after figures.sh, which calls run.sh, plateau.sh and online.sh; killed in its
+    own runs and started again."""
+    process = scripts.start(place, "figures", ROUNDS="2")
+    scripts.kill_when(process, two_rounds / "paper/stage1/mse_verdict/config.json")
+    assert not (two_rounds / "paper/curve").exists()
+    printed = scripts.finish(scripts.start(place, "figures", ROUNDS="2"))
+    assert "mse_soft_value is complete" in printed and "figures.sh: " in printed
+    return two_rounds

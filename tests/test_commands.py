@@ -52,6 +52,8 @@ ELSEWHERE = {
     "examples/arithmetic/rounds.sh": "test_rounds.py::test_table_of_the_rounds",
     "examples/arithmetic/plateau.sh": "test_rounds.py::test_plateau",
     "examples/arithmetic/online.sh": "test_rounds.py::test_online",
+    "examples/arithmetic/figures.sh": "test_figures.py::test_what_was_run",
+    "examples/arithmetic/figures.py": "test_figures.py::test_what_was_run",
     "examples/family/run.sh": "test_commands.py::test_family_run_starts_its_two_scripts",
     "examples/family/compare.py": "test_family_run.py::test_run_and_its_comparison",
     "benchmarks/memory.py": "test_docs.py::test_commands_of_torchrun_and_the_memory_table",
@@ -228,30 +230,17 @@ def test_block(
 # Shell scripts
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder whose venv/ counts as installed, with a warm Python in it."""
-    folder = tmp_path_factory.mktemp("scripts")
-    (folder / "venv" / "bin").mkdir(parents=True)
-    shutil.copy(ROOT / "requirements.txt", folder / "venv" / "requirements-installed.txt")
-    with warm.warm_python(folder):
-        (folder / "venv" / "bin" / "python").symlink_to(folder / "python")
-        yield folder
-
-
 def run_script(script: str, place: Path, **changes: str) -> None:
     environment = os.environ | warm.CPU | {"ERPD_VENV": str(place / "venv"), "QUICK": "1"} | changes
     done = subprocess.run(["bash", ROOT / script], env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
-def test_arithmetic_example_in_small(place: Path) -> None:
-    """The one command of the README."""
-    run = place / "run"
-    run_script("examples/arithmetic/run.sh", place, RUN=str(run))
-    named = {row["name"] for row in common.read_json(run / "summary.json")["policies"]}
+def test_arithmetic_example_in_small(quick_run: Path) -> None:
+    """The one command of the README, called by figures.sh."""
+    named = {row["name"] for row in common.read_json(quick_run / "summary.json")["policies"]}
     assert {"base", "ce", "sapo", "student_strong"} <= named
-    assert (run / "report.html").stat().st_size > 10_000
+    assert (quick_run / "report.html").stat().st_size > 10_000
 
 
 def test_family_run_starts_its_two_scripts(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import scribe
 from matplotlib.image import imread
-from scripts import finish, kill_when, start
 
 import common
 
@@ -89,16 +88,10 @@ def test_lines_are_means_of_neighbouring_steps(
 # The script
 
 
-@pytest.fixture(scope="module")
-def seed(two_rounds: Path, place: Path) -> Path:
-    """figures.sh on the folder of rounds.sh, killed in its own runs and started again."""
-    own = two_rounds / "paper/stage1"
-    process = start(place, "figures", ROUNDS="2")
-    kill_when(process, own / "mse_verdict/config.json")
-    assert not (two_rounds / "paper/curve").exists()
-    printed = finish(start(place, "figures", ROUNDS="2"))
-    assert "mse_soft_value is complete" in printed and "figures.sh: " in printed
-    return two_rounds
+@pytest.fixture
+def seed(quick_run: Path) -> Path:
+    """The run folder that figures.sh has filled."""
+    return quick_run
 
 
 def arguments(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@
 # 2. From that policy, on the same fresh rollouts: the method (erpd), and as rivals one epoch of GRPO
 #    (grpo1), two epochs (grpo2_same), and a second round on rollouts of its own (grpo2_fresh).
 # Interrupted, the same command goes on where it stopped. The student's settings were chosen on seed 0
-# for one round; nothing was tuned for what is done here.
+# for rounds.sh; nothing was tuned for what is done here.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 HERE=plateau
@@ -59,7 +59,8 @@ say "after $((round - 1)) GRPO rounds: $verdict"
 by_the_method() {
   unlearn "$policy" "$here/rollouts" "$HERE/unlearned"
   signals "$policy" "$here/rollouts" "$HERE/unlearned" "$HERE/signals.safetensors"
-  student "$policy" "$here/rollouts" "$HERE/signals.safetensors" "$HERE/erpd" --epochs $STUDENT_EPOCHS
+  student "$policy" "$here/rollouts" "$HERE/signals.safetensors" "$HERE/erpd" --epochs $STUDENT_EPOCHS \
+    $LATER
   judge_base "$JUDGED" "$RUN/test.jsonl"
   judge_policy "$policy" "$JUDGED" plateau "$RUN/test.jsonl"
   judge_policy "$HERE/erpd" "$JUDGED" erpd "$RUN/test.jsonl"

@@ -214,6 +214,8 @@ def test_block(
         module = importlib.import_module(Path(script).stem)
         args = tyro.cli(module.Args, args=flags)
         small = {name: value for name, value in SMALL.items() if hasattr(args, name)}
+        if hasattr(args, "save_at"):  # one place: the few steps of SMALL have not many
+            small["save_at"] = args.save_at and (small["epochs"],)
         args = dataclasses.replace(args, **small)
         while module is not evaluate and args.output.exists():  # by torchrun, or with other flags
             args = dataclasses.replace(args, output=args.output.with_name(f"2{args.output.name}"))

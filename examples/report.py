@@ -428,7 +428,8 @@ def place_labels(axes: Axes, labels: list[tuple[float, float, str, str]], obstac
             note.set_in_layout(False)
             note.update_positions(renderer)
             box = Text.get_window_extent(note, renderer)  # of the text alone, without its line
-            inside = axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1)
+            corners = [(box.x0, box.y0), (box.x1, box.y1)]
+            inside = all(axes.bbox.contains(*corner) for corner in corners)
             if inside and not any(box.overlaps(other) for other in taken):
                 taken.append(box)
                 break

@@ -321,7 +321,7 @@ def draw_curves(axes: Axes, seeds: list[Seed]) -> None:
 def figure_accuracy_kl(seeds: list[Seed]) -> Figure:
     """All students (means, deviation over seeds), the curves, the bound and the optimum: once over
     all KLs, once near the base."""
-    figure, both = plt.subplots(1, 2, figsize=(13, 6), layout="constrained", sharey=True)
+    figure, both = plt.subplots(1, 2, figsize=(13, 6), layout="constrained")
     pooled = replace(
         seeds[0].base,
         correct=np.concatenate([seed.base.correct for seed in seeds]),
@@ -330,6 +330,7 @@ def figure_accuracy_kl(seeds: list[Seed]) -> Figure:
     ends = [measured(e)["kl"] for s in seeds for path in s.curves.values() for e in path[1:]]
     largest = max([NEAR, *(row["kl"] for s in seeds for row in s.students.values()), *ends])
     number, labels = numbers(), []
+    start = average([measured(seed.base) for seed in seeds], "accuracy")[0]
     for axes in both:
         if axes is both[0]:
             axes.set_xscale("symlog", linthresh=0.1, linscale=0.4)
@@ -339,7 +340,7 @@ def figure_accuracy_kl(seeds: list[Seed]) -> Figure:
             axes.set_xticks([], minor=True)
         else:
             axes.set_xlim(-0.02, NEAR)
-        axes.set_ylim(-0.03, 1.06)
+        axes.set_ylim(-0.03 if axes is both[0] else start - 0.05, 1.06)
         obstacles = report.draw_limits(axes, pooled, largest)
         draw_curves(axes, seeds)
         for factor, lines in variants.factors().items():

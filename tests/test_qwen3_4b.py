@@ -112,10 +112,15 @@ def slurm(folder: Path, nodes: int) -> dict[str, str]:
     }  # fmt: skip
 
 
+def heed_ctrl_c() -> None:
+    """A shell that puts the tests into the background has them, and their children, ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(script: Path, environment_: dict[str, str]) -> subprocess.Popen:
     return subprocess.Popen(
         ["bash", script], env=environment_, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, start_new_session=True,
+        text=True, start_new_session=True, preexec_fn=heed_ctrl_c,
     )  # fmt: skip
 
 

@@ -164,12 +164,14 @@ class _Lines:
     last = ""
 
     def write(self, text: str) -> None:
+        """A line, unless it is the one before: tqdm draws once more as it closes."""
         state = text.strip()
-        if state and state != self.last:  # tqdm draws once more as it closes
+        if state and state != self.last:
             sys.stderr.write(state + "\n")
             self.last = state
 
     def flush(self) -> None:
+        """Of stderr."""
         sys.stderr.flush()
 
 

@@ -70,8 +70,10 @@ def main(args: Args) -> None:
                             "give halves and signals in the order 0, 1")  # fmt: skip
         check_teachers(metadata, half, metadata["rollouts"])
         n_problems = int(rollouts.problem_index.max()) + 1
-        share, seed = part.metadata["half_share"], part.metadata["half_seed"]
-        of = part_of_problems(n_problems, share, seed)
+        share = part.metadata.get("half_share")
+        if share is None:
+            raise UserError(f"--halves {half}: split before there was --share; split it again")
+        of = part_of_problems(n_problems, share, part.metadata["half_seed"])
         where = response_tokens(rollouts, of[rollouts.problem_index.long()] == number)
         if not torch.equal(rollouts.tokens[where], part.tokens):
             raise UserError(f"--halves {half}: its tokens are not those of {args.rollouts}; "

@@ -215,3 +215,11 @@ def test_missing_package_is_named_before_anything_is_written(
             main(args(tmp_path / "run", tensorboard=True))
     assert not (tmp_path / "run").exists()
     assert common.TENSORBOARD in (ROOT / "requirements.txt").read_text()
+
+
+def test_a_state_drawn_twice_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """tqdm draws a full bar once more as it closes."""
+    lines = common._Lines()
+    for text in ("\rhalf", "\rfull", "\rfull", "\n"):
+        lines.write(text)
+    assert capsys.readouterr().err == "half\nfull\n"

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import math
 import re
 import sys
@@ -35,6 +36,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
@@ -576,10 +578,13 @@ def figure_dynamics(
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a PNG, atomically; 1350 pixels wide, so that it stays sharp at 900."""
-    with common.atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150, facecolor="white")
+    """Writes a PNG, atomically; 1350 pixels wide, so that it stays sharp at 900; of 128 colours,
+    which makes half the size and no difference to the eye."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=150, facecolor="white")
     plt.close(figure)
+    with Image.open(drawn) as image, common.atomic(path) as temporary:
+        image.convert("RGB").quantize(128).save(temporary, format="png", optimize=True)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ def two_rounds(place: Path) -> Path:
     """A quick run folder: rounds.sh, killed in the first round and started again."""
     run = place / "run"
     process = scripts.start(place, "rounds", ROUNDS="2")
-    scripts.kill_when(process, run / "rounds/round1/unlearned/config.json")
+    scripts.kill_when(process, run / "stage1/unlearned/config.json")
     assert not (run / "rounds/round2").exists()
     printed = scripts.finish(scripts.start(place, "rounds", ROUNDS="2"))
     assert "unlearned is complete" in printed

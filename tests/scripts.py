@@ -1,4 +1,4 @@
-"""Starts the shell scripts of examples/arithmetic in small, on one run folder of the session."""
+"""Starts the scripts of examples/arithmetic in small, on one folder of the session; awaits them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def start(place: Path, script: str, **changes: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def finish(process: subprocess.Popen) -> str:
-    """Waits for the end; returns what was printed."""
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    """Waits for the end, which must be with that exit code; returns what was printed."""
     printed = process.communicate(timeout=600)[0]
-    assert process.returncode == 0, printed
+    assert process.returncode == code, printed
     return printed
 
 

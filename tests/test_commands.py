@@ -40,7 +40,8 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("C*.md")), *sorted((ROOT / "docs"
 RUN_HERE = (
     "evaluate.py", "stage1_extreme.py", "build_signals.py", "stage2_distill.py",
     *(f"examples/family/{name}.py" for name in
-      ("stage1", "stage2", "signals", "score_topk", "split_rollouts", "join_signals")),
+      ("stage1", "stage2", "signals", "score_topk", "split_rollouts", "join_signals",
+       "keep_mixed")),
 )  # fmt: skip
 SMALL = {"n": 4, "max_new_tokens": 10, "epochs": 1, "batch_size": 16, "kl_holdout": 0.25, "k": 4,
          "shard_size": None}  # fmt: skip
@@ -223,7 +224,8 @@ def test_block(
         assert not args.output.is_symlink()
         module.main(args)
         last = {"evaluate": "parts" if getattr(args, "shard", None) else "metrics.json",
-                "split_rollouts": "1/rollouts.safetensors"}  # fmt: skip
+                "split_rollouts": "1/rollouts.safetensors",
+                "keep_mixed": "rollouts.safetensors"}  # fmt: skip
         made = args.output / last.get(module.__name__, "config.json")
         assert args.output.is_file() or made.exists(), words
 

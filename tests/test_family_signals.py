@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import join_signals
+import keep_mixed
 import pytest
 import signals
 import split_rollouts
@@ -253,6 +254,41 @@ def test_take_keeps_whole_responses(rollouts):
         assert part.prompt_lens[i] == rollouts.prompt_lens[s]
         assert part.rewards[i] == rollouts.rewards[s]
     assert part.cu_seqlens[-1] == len(part.tokens)
+
+
+def test_kept_are_the_problems_with_both_verdicts(rollouts, tmp_path):
+    rewards = torch.ones(20)
+    rewards[rollouts.problem_index == 2] = 0
+    rewards[(rollouts.problem_index == 1).nonzero()[0]] = 0
+    rewards[(rollouts.problem_index == 4).nonzero()[-1]] = 0
+    chosen = keep_mixed.in_mixed_groups(replace(rollouts, rewards=rewards))
+    assert rollouts.problem_index[chosen].tolist() == [1] * 4 + [4] * 4
+
+    folder, whole = tmp_path / "whole", common.load_rollouts(tiny.setting() / "rollouts")
+    shutil.copytree(tiny.setting() / "rollouts", folder)
+    keep_mixed.main(keep_mixed.Args(folder, tmp_path / "mixed"))
+    kept = common.load_rollouts(tmp_path / "mixed")
+    problems = common.read_jsonl(tmp_path / "mixed/problems.jsonl")
+    known = [row["id"] for row in common.read_jsonl(folder / "problems.jsonl")]
+    for number, row in enumerate(problems):
+        verdicts = kept.rewards[kept.problem_index == number]
+        assert 0 < verdicts.mean() < 1
+        assert torch.equal(verdicts, whole.rewards[whole.problem_index == known.index(row["id"])])
+    left_out = {i for i in range(len(known)) if known[i] not in {row["id"] for row in problems}}
+    assert left_out
+    assert all(len(whole.rewards[whole.problem_index == i].unique()) == 1 for i in left_out)
+    samples = zip(common.read_jsonl(folder / "samples.jsonl"), whole.problem_index, strict=True)
+    assert common.read_jsonl(tmp_path / "mixed/samples.jsonl") == [
+        sample for sample, problem in samples if int(problem) not in left_out
+    ]
+    assert kept.metadata["mixed_from_problems"] == len(known)
+    assert kept.metadata["mixed_of"] == common.fingerprint(whole.path)
+
+    common.save_rollouts(replace(whole, rewards=torch.ones_like(whole.rewards),
+                                 path=folder / "rollouts.safetensors"))  # fmt: skip
+    with pytest.raises(common.UserError, match="none has correct and wrong responses; sample more"):
+        keep_mixed.main(keep_mixed.Args(folder, tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
 
 
 def split(tmp_path: Path) -> tuple[Path, Path]:

@@ -498,7 +498,8 @@ def test_two_ranks_end_where_one_does(tmp_path):
 
 
 def test_command_lines():
-    for script in ("stage2", "signals", "score_topk", "split_rollouts", "join_signals"):
+    scripts = ("stage2", "signals", "score_topk", "split_rollouts", "join_signals", "keep_mixed")
+    for script in scripts:
         command = [sys.executable, str(ROOT / "examples" / "family" / f"{script}.py"), "--help"]
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert "--rollouts" in shown

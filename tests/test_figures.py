@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def test_what_was_run(seed: Path) -> None:
     }  # fmt: skip
     assert all(args["kl_budget"] == 10 for args in students.values())
     # All is judged on the problems of rounds.sh, and every GRPO round of plateau.sh too.
-    problems = (seed / "rounds/judged/base/problems.jsonl").read_bytes()
+    problems = (seed / "eval/base/problems.jsonl").read_bytes()
     judged = [f.parent for f in (seed / "paper").rglob("problems.jsonl")]
     assert all((folder / "problems.jsonl").read_bytes() == problems for folder in judged)
     policies = {f.parent.name for f in seed.glob("plateau/round*/policy")}
@@ -178,7 +179,7 @@ def test_figures_and_numbers_of_two_seeds(seed: Path, tmp_path: Path) -> None:
     )
     assert numbers["samples"]["grpo"]["rollouts"]["2"]["mean"] == 2 * 48 * 4
     # What was killed has no time; GRPO's rounds were made in one go.
-    known = "rounds/round1/unlearned" in figures.seconds(seed)
+    known = "stage1/unlearned" in figures.seconds(seed)
     assert (numbers["samples"]["erpd"]["seconds"]["1"]["mean"] is not None) == known
     assert numbers["samples"]["grpo"]["seconds"]["2"]["n"] == 2
 
@@ -213,23 +214,16 @@ def test_what_the_targets_ask(seed: Path) -> None:
 
 
 def test_times_add_up(seed: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    for path in seed.iterdir():
-        if path.name not in ("rounds", "plateau", "paper"):
-            (run / path.name).symlink_to(path)
-    for script in ("rounds", "paper"):  # without their seconds.jsonl
-        (run / script).mkdir()
-        for path in (seed / script).iterdir():
-            if path.name != "seconds.jsonl":
-                (run / script / path.name).symlink_to(path)
+    run, left_out = tmp_path / "run", ("seconds.jsonl", "checkpoints", "plateau")
+    shutil.copytree(seed, run, symlinks=True, ignore=shutil.ignore_patterns(*left_out))
     names = ("unlearned", "signals.safetensors", "student")
-    steps = ["rollouts", *(f"rounds/round1/{name}" for name in names)]
+    # The first round is the unlearned student of run.sh.
+    steps = ["rollouts", "stage1/unlearned", "signals/unlearned.safetensors", "students/unlearned"]
     steps += [f"rounds/round2/{name}" for name in ("rollouts", *names)] + ["paper/stage1/grpo"]
     rows = [{"output": step, "seconds": 2**i} for i, step in enumerate(steps)]
     common.write_jsonl(run / "paper/seconds.jsonl", rows)
     drawn, accuracy, took = figures.by_rounds(run, "rounds", "rounds/judged", *names)
-    assert took.tolist() == [0, 15, 255] and drawn.tolist() == [0, 192, 384]
+    assert took.tolist() == [0, 15, 255] and drawn.tolist() == [0, 192, 192 + 384]
     assert len(accuracy) == 3
     assert figures.by_epochs(run)[2].tolist() == [1 + 128, 1 + 256]  # two epochs in 256 s
     common.write_jsonl(run / "paper/seconds.jsonl", rows[1:])
@@ -247,7 +241,7 @@ def test_a_missing_file_leaves_its_figure_out(
     figures.main(args)
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 2 and printed[0].startswith("left out: samples.png: ")
-    assert str(tmp_path / "run/rounds/judged/base/metrics.json") in printed[0]
+    assert str(tmp_path / "run/eval/base/metrics.json") in printed[0]
     assert {path.name for path in args.output.iterdir()} == {"online.png", "numbers.json"}
     with pytest.raises(common.UserError, match="no such folder"):
         figures.main(figures.Args((tmp_path / "none",), tmp_path / "out"))

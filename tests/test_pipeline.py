@@ -22,6 +22,7 @@ import pytest
 import tiny
 import torch
 from safetensors import safe_open
+from scripts import finish
 
 import build_signals
 import common
@@ -99,13 +100,6 @@ def start(args: Any, n_ranks: int = 1) -> subprocess.Popen:
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
-
-
-def finish(process: subprocess.Popen) -> str:
-    """Waits for the end; returns what was printed."""
-    printed = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, printed
-    return printed
 
 
 def lines(path: Path) -> list[dict[str, float]]:

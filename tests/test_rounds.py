@@ -186,7 +186,8 @@ def test_the_student_is_the_base_of_the_next_round(two_rounds: Path) -> None:
     for round_, origin in [("round1", base), ("round2", student)]:
         folder = here / round_
         drawn_by = common.load_rollouts(folder / "rollouts").metadata["model_fingerprint"]
-        rollouts = common.fingerprint(folder / "rollouts" / "rollouts.safetensors")
+        trained_on = folder / ("rollouts" if round_ == "round1" else "mixed")
+        rollouts = common.fingerprint(trained_on / "rollouts.safetensors")
         for name in ("unlearned", "student"):
             assert inputs(folder / name)["base"] == drawn_by == origin
             assert inputs(folder / name)["rollouts"] == rollouts
@@ -195,7 +196,7 @@ def test_the_student_is_the_base_of_the_next_round(two_rounds: Path) -> None:
         assert models["reference_0"]["fingerprint"] == common.fingerprint(folder / "unlearned")
         assert inputs(here / "judged" / round_)["base"] == base
     fresh, taken = texts(here / "round2/train.jsonl"), texts(two_rounds / "train.jsonl")
-    assert len(fresh) == 48 and not fresh & (taken | texts(two_rounds / "test.jsonl"))
+    assert len(fresh) == 96 and not fresh & (taken | texts(two_rounds / "test.jsonl"))
 
 
 def test_table_of_the_rounds(two_rounds: Path, tmp_path: Path) -> None:
@@ -203,11 +204,12 @@ def test_table_of_the_rounds(two_rounds: Path, tmp_path: Path) -> None:
     table = common.read_json(two_rounds / "rounds/rounds.json")
     assert [row["name"] for row in table["rows"]] == ["base", "round1", "round2"]
     for row in table["rows"]:
-        metrics = common.read_json(judged / row["name"] / "metrics.json")["metrics"]
+        folder = two_rounds / "eval/base" if row["name"] == "base" else judged / row["name"]
+        metrics = common.read_json(folder / "metrics.json")["metrics"]
         assert row["accuracy"] == metrics["accuracy"] and row["kl"] == metrics.get("kl", [None] * 2)
     # The step's KL is what evaluate.py would have measured against the base of the round.
     evaluate.main(evaluate.Args(
-        model=str(two_rounds / "rounds/round2/student"), base_run=judged / "round1", n=2,
+        model=str(two_rounds / "rounds/round2/student"), base_run=judged / "round1", n=4,
         base=str(two_rounds / "rounds/round1/student"), problems=two_rounds / "test.jsonl",
         output=tmp_path / "again", max_new_tokens=128,
     ))  # fmt: skip
@@ -218,7 +220,7 @@ def test_table_of_the_rounds(two_rounds: Path, tmp_path: Path) -> None:
     assert again["kl"][0] > 0
     # The pair is what evaluate.py --compare says.
     evaluate.main(evaluate.Args(
-        model=str(two_rounds / "rounds/round2/student"), base_run=judged / "round1", n=2,
+        model=str(two_rounds / "rounds/round2/student"), base_run=judged / "round1", n=4,
         base=str(two_rounds / "rounds/round1/student"), problems=two_rounds / "test.jsonl",
         output=tmp_path / "again", max_new_tokens=128, compare=judged / "round1",
     ))  # fmt: skip
@@ -298,7 +300,7 @@ def test_online(two_rounds: Path, place: Path) -> None:
     assert rollouts.metadata["model_fingerprint"] == first
     models = common.load_tensors(here / "turn2/signals.safetensors", {})[1]["models"]
     made_of = {role: model["fingerprint"] for role, model in models.items()}
-    unlearned = common.fingerprint(here / "unlearned")
+    unlearned = common.fingerprint(two_rounds / "stage1/unlearned")
     assert made_of == {"behavior": first, "base": base, "teacher_0": base, "reference_0": unlearned}
     # Offline has as many epochs, on the rollouts of the base alone.
     offline = common.read_json(here / "offline/args.json")

@@ -34,7 +34,6 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
 
 import common
 import evaluate
@@ -97,8 +96,8 @@ def value_of(folder: Path, key: str) -> float:
 
 
 def base_values(runs: Runs, key: str) -> Array:
-    """Of the base on the problems that rounds.sh judges on -> [R]."""
-    return np.array([value_of(run / "rounds/judged/base", key) for run in runs])
+    """Of the base on the held-out problems -> [R]."""
+    return np.array([value_of(run / "eval/base", key) for run in runs])
 
 
 def checkpoints(folder: Path) -> dict[float, Path]:
@@ -494,7 +493,7 @@ def budgets(run: Path) -> list[str]:
 def draw_objectives(runs: Runs) -> Drawn:
     """Students by regression and by policy gradient of the same signal under the same budgets."""
     keys = ("accuracy", "kl", "kl_efficiency")
-    bases = [report.load_evaluation(run / "rounds/judged/base", "base") for run in runs]
+    bases = [report.load_evaluation(run / "eval/base", "base") for run in runs]
     figure, ((near, efficiency_axes, kl_axes),) = panels(1, 3, 3.8, width_ratios=(2, 1, 1))
     numbers: dict[str, Any] = {"base": {"accuracy": spread(base_values(runs, "accuracy"))}}
     labels, lines, largest = [], [], 0.1
@@ -754,9 +753,9 @@ def seconds(run: Path) -> dict[str, float]:
     return {row["output"]: row["seconds"] for row in rows}
 
 
-def drawn(run: Path, folder: str) -> int:
-    """Responses in a rollouts folder."""
-    return len(common.load_rollouts(run / folder).rewards)
+def drawn(folder: Path) -> int:
+    """Responses that were sampled for a round."""
+    return len(common.load_rollouts(folder / "rollouts").rewards)
 
 
 def rounds_of(run: Path, what: str) -> list[str]:
@@ -767,14 +766,14 @@ def rounds_of(run: Path, what: str) -> list[str]:
 
 def by_rounds(run: Path, script: str, judged_in: str, *steps: str) -> tuple[Array, ...]:
     """Rollouts drawn, accuracy and seconds after each round of a script, from the base -> [K]s."""
-    spent, points = seconds(run), [(0.0, value_of(run / "rounds/judged/base", "accuracy"), 0.0)]
+    spent, points = seconds(run), [(0.0, value_of(run / "eval/base", "accuracy"), 0.0)]
     for name in rounds_of(run / script, steps[-1]):
-        # The first round's rollouts are the run's own.
-        rollouts = "rollouts" if name == "round1" else f"{script}/{name}/rollouts"
-        made = [rollouts, *(f"{script}/{name}/{step}" for step in steps)]
-        took = sum(spent.get(output, math.nan) for output in made)
+        here = run / script / name
+        # Of the first round some or all are links to what run.sh made.
+        made = [(here / step).resolve().relative_to(run.resolve()) for step in ("rollouts", *steps)]
+        took = sum(spent.get(str(output), math.nan) for output in made)
         accuracy = value_of(run / judged_in / name, "accuracy")
-        points.append((points[-1][0] + drawn(run, rollouts), accuracy, points[-1][2] + took))
+        points.append((points[-1][0] + drawn(here), accuracy, points[-1][2] + took))
     return tuple(np.array(points).T)
 
 
@@ -785,7 +784,7 @@ def by_epochs(run: Path) -> tuple[Array, ...]:
     total = common.read_json(run / "paper/stage1/grpo/args.json")["args"]["epochs"]
     took = spent.get("paper/stage1/grpo", math.nan) / total
     start = spent.get("rollouts", math.nan)
-    return np.full(len(epochs), drawn(run, "rollouts")), accuracy, start + epochs * took
+    return np.full(len(epochs), drawn(run)), accuracy, start + epochs * took
 
 
 def draw_samples(runs: Runs) -> Drawn:
@@ -860,13 +859,6 @@ FIGURES: dict[str, Callable[[Runs], Drawn]] = {
 }
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Writes a PNG of 128 colours: half the size, and no difference to the eye."""
-    report.save_figure(figure, path)
-    with Image.open(path) as image, common.atomic(path) as temporary:
-        image.convert("RGB").quantize(128).save(temporary, format="png", optimize=True)
-
-
 def write_numbers(path: Path, numbers: dict[str, Any]) -> None:
     """JSON with one `spread` a line, five digits a number."""
 
@@ -894,7 +886,7 @@ def main(args: Args) -> None:
             plt.close("all")  # what was begun
             print(f"left out: {name}.png: {error}")
             continue
-        save(figure, args.output / f"{name}.png")
+        report.save_figure(figure, args.output / f"{name}.png")
     if not numbers:
         raise UserError(f"--runs {args.runs[0]}: nothing to draw from; run "
                         "examples/arithmetic/figures.sh")  # fmt: skip

@@ -55,7 +55,7 @@ stage1() { # stage1 NAME FLAGS...
 within() { # within BUDGET NAME FLAGS...: a student of the first round's signals
   local budget=$1 output=$HERE/students/$2
   shift 2
-  student "$RUN/base" "$RUN/rollouts" "$RUN/rounds/round1/signals.safetensors" "$output" \
+  student "$RUN/base" "$RUN/rollouts" "$RUN/signals/unlearned.safetensors" "$output" \
     --kl-budget "$budget" $BUDGETED "$@"
 }
 reuse_constraint_and_pg() {
@@ -77,23 +77,20 @@ beside constraint reuse_constraint_and_pg
 mse_recovery_and_regression
 join
 
-# All on the held-out problems of rounds.sh, whose base serves; the teachers of run.sh that the figures
+# All on the same held-out problems, judged from the same base; the teachers of run.sh that the figures
 # follow by epoch too.
-link() { # link NAME TARGET: HERE/NAME
-  [ -e "$HERE/$1" ] || ln -s "$2" "$HERE/$1"
-}
-link base ../base
-link test.jsonl ../test.jsonl
-for teacher in ce sapo; do link "stage1/$teacher" "../../stage1/$teacher"; done
+link "$HERE/base" ../base
+link "$HERE/test.jsonl" ../test.jsonl
+for teacher in ce sapo; do link "$HERE/stage1/$teacher" "../../stage1/$teacher"; done
 judge_part() { # judge_part I: every second checkpoint, student and GRPO round, from the I-th
-  local flags="--run $HERE --shard $1/2 --seed $SEED --base-run $RUN/rounds/judged/base" number=0
+  local flags="--run $HERE --shard $1/2 --seed $SEED --base-run $RUN/eval/base" number=0
   "$PYTHON" examples/arithmetic/judge.py --what checkpoints --n $CURVE_N $flags
   "$PYTHON" examples/arithmetic/judge.py --what students --n $STUDENT_N $flags
   for policy in "$RUN"/plateau/round*/policy; do
     number=$((number + 1))
     [ $((number % 2)) = "$1" ] || continue
     judge "$policy" "$HERE/judged/$(basename "$(dirname "$policy")")" "$RUN/test.jsonl" \
-      --n $STUDENT_N --base "$RUN/base" --base-run "$RUN/rounds/judged/base"
+      --n $STUDENT_N --base "$RUN/base" --base-run "$RUN/eval/base"
   done
 }
 say "evaluation on held-out problems"

@@ -4,32 +4,32 @@
 #   bash examples/arithmetic/online.sh            # runs/arithmetic/seed0/online/online.md, .json
 #   SEED=1 or QUICK=1 as in run.sh
 #
-# Both start with one epoch on the base's rollouts. Then, TURNS - 1 times, online samples from the
+# Both start with one epoch on the base's rollouts. Then, after every epoch, online samples from the
 # student (the same problems), has the same teacher and reference score that, and goes on from the
-# student (--init); targets, ratios and KL stay against the base. Offline goes on with what it has.
+# student (--init); targets, ratios and KL stay against the base. Offline goes on with what it has:
+# it is the unlearned student of run.sh, and online takes as many epochs.
 # Interrupted, the same command goes on where it stopped. The student's settings were chosen on seed 0
 # for one round; nothing was tuned for what is done here.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 HERE=online
 source examples/arithmetic/steps.sh
-if [ "$KIND" = quick ]; then TURNS=2; else TURNS=${TURNS:-3}; fi
+TURNS=$STUDENT_EPOCHS
 JUDGED=$HERE/judged
 
 offline() {
-  student "$RUN/base" "$RUN/rollouts" "$HERE/signals.safetensors" "$HERE/offline" --epochs $TURNS
-  judge_base "$JUDGED" "$RUN/test.jsonl"
-  judge_policy "$HERE/offline" "$JUDGED" offline "$RUN/test.jsonl"
+  first_student
+  judge_first_student
 }
 online() {
   local turn here policy=$HERE/turn1/student
-  student "$RUN/base" "$RUN/rollouts" "$HERE/signals.safetensors" "$policy" --epochs 1
+  student "$RUN/base" "$RUN/rollouts" "$RUN/signals/unlearned.safetensors" "$policy" --epochs 1
   for ((turn = 2; turn <= TURNS; turn++)); do
     here=$HERE/turn$turn
     mkdir -p "$here"
     cp "$RUN/train.jsonl" "$here/train.jsonl"
     sample "$policy" "$here"
-    signals "$RUN/base" "$here/rollouts" "$HERE/unlearned" "$here/signals.safetensors" \
+    signals "$RUN/base" "$here/rollouts" "$RUN/stage1/unlearned" "$here/signals.safetensors" \
       --behavior "$policy"
     student "$RUN/base" "$here/rollouts" "$here/signals.safetensors" "$here/student" --epochs 1 \
       --init "$policy"
@@ -40,16 +40,17 @@ online() {
 say "problems, base, its rollouts"
 base_and_rollouts
 say "the unlearned policy, and base minus it"
-unlearn "$RUN/base" "$RUN/rollouts" "$HERE/unlearned"
-signals "$RUN/base" "$RUN/rollouts" "$HERE/unlearned" "$HERE/signals.safetensors"
+first_signals
 say "stage 2 online; in the background offline"
 beside offline offline
 online
 join
 say "evaluation on held-out problems"
-table=("$JUDGED/base" "$JUDGED/offline")
+link "$HERE/offline" ../students/unlearned
+link "$JUDGED/offline" ../../eval/student_unlearned
+table=("$RUN/eval/base" "$JUDGED/offline")
 for ((turn = 1; turn <= TURNS; turn++)); do
-  judge_policy "$HERE/turn$turn/student" "$JUDGED" turn$turn "$RUN/test.jsonl"
+  judge_policy "$HERE/turn$turn/student" "$JUDGED/turn$turn"
   table+=("$JUDGED/turn$turn")
 done
 "$PYTHON" examples/arithmetic/rounds.py --output "$HERE/online" --judged "${table[@]}" \

@@ -28,14 +28,16 @@ fresh() { # fresh POLICY NUMBER: rollouts of the policy on problems of their own
 }
 watch() { # watch POLICY NUMBER
   if [ "$2" = 0 ]; then judge_base "$WATCHED" "$HERE/watched.jsonl"
-  else judge_policy "$1" "$WATCHED" "round$2" "$HERE/watched.jsonl"; fi
+  else
+    judge "$1" "$WATCHED/round$2" "$HERE/watched.jsonl" --n "$EVAL_N" --base "$RUN/base" \
+      --base-run "$WATCHED/base"
+  fi
 }
 
 say "problems, base, its rollouts"
 base_and_rollouts
 problems watched "$HERE/watched.jsonl"
-mkdir -p "$HERE/round1"
-[ -e "$HERE/round1/rollouts" ] || ln -s "../../rollouts" "$HERE/round1/rollouts"
+link "$HERE/round1/rollouts" ../../rollouts
 
 policy=$RUN/base
 watched=("$WATCHED/base")
@@ -61,9 +63,9 @@ by_the_method() {
   signals "$policy" "$here/rollouts" "$HERE/unlearned" "$HERE/signals.safetensors"
   student "$policy" "$here/rollouts" "$HERE/signals.safetensors" "$HERE/erpd" --epochs $STUDENT_EPOCHS \
     $LATER
-  judge_base "$JUDGED" "$RUN/test.jsonl"
-  judge_policy "$policy" "$JUDGED" plateau "$RUN/test.jsonl"
-  judge_policy "$HERE/erpd" "$JUDGED" erpd "$RUN/test.jsonl"
+  judge_base "$RUN/eval" "$RUN/test.jsonl"
+  judge_policy "$policy" "$JUDGED/plateau"
+  judge_policy "$HERE/erpd" "$JUDGED/erpd"
 }
 by_more_grpo() {
   grpo "$policy" "$here" "$HERE/grpo" 2
@@ -75,11 +77,11 @@ beside grpo by_more_grpo
 by_the_method
 join
 say "evaluation on held-out problems"
-judge_policy "$HERE/grpo/checkpoints/epoch-001.000" "$JUDGED" grpo1 "$RUN/test.jsonl"
-judge_policy "$HERE/grpo" "$JUDGED" grpo2_same "$RUN/test.jsonl"
-judge_policy "$HERE/grpo2_fresh" "$JUDGED" grpo2_fresh "$RUN/test.jsonl"
+judge_policy "$HERE/grpo/checkpoints/epoch-001.000" "$JUDGED/grpo1"
+judge_policy "$HERE/grpo" "$JUDGED/grpo2_same"
+judge_policy "$HERE/grpo2_fresh" "$JUDGED/grpo2_fresh"
 names="plateau erpd grpo1 grpo2_same grpo2_fresh"
 "$PYTHON" examples/arithmetic/rounds.py --output "$HERE/plateau" \
-  --judged "$JUDGED/base" $(printf "$JUDGED/%s " $names) \
+  --judged "$RUN/eval/base" $(printf "$JUDGED/%s " $names) \
   --step $(printf '%s:plateau ' erpd grpo1 grpo2_same grpo2_fresh) \
   --pair $(printf 'erpd:%s ' plateau grpo1 grpo2_same grpo2_fresh) grpo2_fresh:plateau

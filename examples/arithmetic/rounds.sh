@@ -6,9 +6,11 @@
 #   SEED=1 or QUICK=1 as in run.sh
 #
 # Every round: sample from its base, unlearn on that, signals base minus unlearned, student. Judged on
-# the same held-out problems, its KL from the very first base and from the base of its round.
+# the same held-out problems, its KL from the very first base and from the base of its round. The
+# first round is the unlearned student of run.sh. Each later one draws twice the problems of the one
+# before and trains on those with both verdicts: about as many, as ever fewer responses are wrong.
 # Interrupted, the same command goes on where it stopped. The student's settings were chosen on seed 0
-# for one round, the lower rate of the later ones on its third.
+# for one round, the lower rate of the later ones and the doubling on its third.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 HERE=rounds
@@ -16,39 +18,41 @@ source examples/arithmetic/steps.sh
 ROUNDS=${ROUNDS:-3}
 JUDGED=$HERE/judged
 
-one_round() { # one_round FOLDER BASE FLAGS...: FOLDER/rollouts are there
-  local here=$1 base=$2
-  shift 2
-  unlearn "$base" "$here/rollouts" "$here/unlearned"
-  signals "$base" "$here/rollouts" "$here/unlearned" "$here/signals.safetensors"
-  student "$base" "$here/rollouts" "$here/signals.safetensors" "$here/student" \
-    --epochs $STUDENT_EPOCHS "$@"
+later_round() { # later_round FOLDER BASE: FOLDER/train.jsonl is there
+  sample "$2" "$1"
+  keep_mixed "$1"
+  unlearn "$2" "$1/mixed" "$1/unlearned"
+  signals "$2" "$1/mixed" "$1/unlearned" "$1/signals.safetensors"
+  student "$2" "$1/mixed" "$1/signals.safetensors" "$1/student" --epochs $STUDENT_EPOCHS $LATER
 }
 
 say "problems, base, its rollouts"
 base_and_rollouts
-mkdir -p "$HERE/round1"
-[ -e "$HERE/round1/rollouts" ] || ln -s "../../rollouts" "$HERE/round1/rollouts"
-table=(--judged "$JUDGED/base") steps=() later=
-base=$RUN/base
-for ((round = 1; round <= ROUNDS; round++)); do
+say "round 1: the student of run.sh"
+first_signals
+first_student
+link "$HERE/round1/rollouts" ../../rollouts
+link "$HERE/round1/unlearned" ../../stage1/unlearned
+link "$HERE/round1/signals.safetensors" ../../signals/unlearned.safetensors
+link "$HERE/round1/student" ../../students/unlearned
+link "$JUDGED/round1" ../../eval/student_unlearned
+
+table=(--judged "$RUN/eval/base" "$JUDGED/round1") steps=()
+base=$RUN/students/unlearned
+judge_last=judge_first_student
+for ((round = 2; round <= ROUNDS; round++)); do
   here=$HERE/round$round
   say "round $round; in the background its base is judged"
-  if [ $round = 1 ]; then
-    beside judge0 judge_base "$JUDGED" "$RUN/test.jsonl"
-  else
-    beside judge$((round - 1)) judge_policy "$base" "$JUDGED" round$((round - 1)) "$RUN/test.jsonl"
-    steps+=("round$round:round$((round - 1))") later=$LATER
-    problems round$round "$here/train.jsonl"
-    sample "$base" "$here"
-  fi
-  one_round "$here" "$base" $later
+  beside judge$((round - 1)) $judge_last
+  problems round$round "$here/train.jsonl" $((TRAIN << (round - 1)))
+  later_round "$here" "$base"
   join
-  table+=("$JUDGED/round$round")
+  steps+=("round$round:round$((round - 1))") table+=("$JUDGED/round$round")
   base=$here/student
+  judge_last="judge_policy $base $JUDGED/round$round"
 done
 
 say "the last student on held-out problems"
-judge_policy "$base" "$JUDGED" round$ROUNDS "$RUN/test.jsonl"
+$judge_last
 [ ${#steps[@]} = 0 ] || table+=(--step "${steps[@]}" --pair "${steps[@]}")
 "$PYTHON" examples/arithmetic/rounds.py --output "$HERE/rounds" "${table[@]}"

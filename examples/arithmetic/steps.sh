@@ -1,6 +1,7 @@
-# What rounds.sh, plateau.sh, online.sh and figures.sh share: run folder, settings, the steps as
-# functions. They source it from the repository root, with HERE set to the name of their own subfolder.
-# The base and the first rollouts are those of run.sh: same commands, same folder, made once.
+# What run.sh, rounds.sh, plateau.sh, online.sh and figures.sh share: run folder, settings, the steps
+# as functions. They source it from the repository root, HERE set to the name of their own subfolder
+# (run.sh has none). What several of them need is made by whichever comes first: the base, its
+# rollouts, the first student, the base's evaluation.
 source tests/setup.sh
 
 SEED=${SEED:-0}
@@ -12,13 +13,13 @@ if [ "$other" != "$KIND" ]; then
   mv "$RUN" "$RUN.$other"
   if [ -d "$RUN.$KIND" ]; then mv "$RUN.$KIND" "$RUN"; fi
 fi
-HERE=$RUN/$HERE
+HERE=$RUN${HERE:+/$HERE}
 mkdir -p "$HERE/logs"
 echo "$KIND" > "$RUN/kind"
 
 if [ "$KIND" = quick ]; then
   BASE="--train 48 --test 64 --steps 150"
-  TRAIN=48 N=4 EVAL_N=2 STUDENT_EPOCHS=1
+  TRAIN=48 N=4 EVAL_N=4 STUDENT_EPOCHS=2
   QUICKLY="--batch-size 48 --warmup-steps 0" # some steps at least, and larger ones
   UNLEARN_RATE=1e-3 STUDENT_RATE=1e-3 LATER_RATE=1e-3 GRPO_RATE=1e-3 UNLEARN_EPOCHS=1
 else
@@ -26,9 +27,10 @@ else
   QUICKLY=""
   UNLEARN_RATE=2e-4 STUDENT_RATE=3e-4 LATER_RATE=1e-4 GRPO_RATE=2e-4 UNLEARN_EPOCHS=3
 fi
-# The best signal found so far on seed 0 (docs/family.md): base minus an MSE-unlearned policy, its scale
-# such that 1.35 tokens are blamed for each wrong response: the first round's is about 8, and later
-# ones, in which few responses are wrong, do not drown in what is not. Beside it the ordinary method.
+# The best signal found on seed 0 (docs/family.md): base minus a policy that learnt inverted verdicts by
+# MSE, its scale such that 1.35 tokens are blamed for each wrong response: the first round's is about
+# 8, and later ones, in which few responses are wrong, do not drown in what is not. Beside it the
+# ordinary method.
 UNLEARN="--loss mse --beta 0.3 --invert-rewards --learning-rate $UNLEARN_RATE $QUICKLY"
 UNLEARN="$UNLEARN --epochs $UNLEARN_EPOCHS"
 BOUNDS="--signal-clip 2.5 --signal-floor 1.5 --token-kl 0.5"
@@ -55,9 +57,9 @@ base_and_rollouts() { # of run.sh: RUN/base, train.jsonl, test.jsonl, rollouts
   sample "$RUN/base" "$RUN"
 }
 TAKEN=("$RUN/train.jsonl" "$RUN/test.jsonl")
-problems() { # problems NAME FILE: fresh ones, none that was used before
-  [ -f "$2" ] || "$PYTHON" examples/arithmetic/problems.py --name "$1" --output "$2" --n "$TRAIN" \
-    --seed "$SEED" --without "${TAKEN[@]}"
+problems() { # problems NAME FILE [N]: fresh ones, none that was used before
+  [ -f "$2" ] || "$PYTHON" examples/arithmetic/problems.py --name "$1" --output "$2" \
+    --n "${3:-$TRAIN}" --seed "$SEED" --without "${TAKEN[@]}"
   TAKEN+=("$2")
 }
 sample() { # sample MODEL FOLDER: FOLDER/rollouts on FOLDER/train.jsonl, first wrong tokens marked
@@ -68,17 +70,27 @@ sample() { # sample MODEL FOLDER: FOLDER/rollouts on FOLDER/train.jsonl, first w
     touch "$2/annotated"
   fi
 }
+keep_mixed() { # keep_mixed FOLDER: FOLDER/mixed, the rollouts of problems with both verdicts
+  [ -f "$1/mixed/rollouts.safetensors" ] ||
+    "$PYTHON" examples/family/keep_mixed.py --rollouts "$1/rollouts" --output "$1/mixed"
+}
 unlearn() { # unlearn BASE ROLLOUTS OUTPUT
   timed "$3" "$PYTHON" stage1_extreme.py --base "$1" --rollouts "$2" --output "$3" --seed "$SEED" \
     $UNLEARN
 }
 signals() { # signals BASE ROLLOUTS UNLEARNED OUTPUT FLAGS...: base minus unlearned, then scaled
-  local base=$1 rollouts=$2 unlearned=$3 output=$4 plain=${4%.safetensors}_plain.safetensors
-  shift 4
-  timed "$plain" "$PYTHON" build_signals.py --rollouts "$rollouts" --base "$base" \
-    --teachers "$base" --references "$unlearned" --output "$plain" "$@"
-  timed "$output" "$PYTHON" examples/family/signals.py --rollouts "$rollouts" --base "$base" \
-    --signals "$plain" --targets-per-wrong 1.35 $BOUNDS --output "$output"
+  local plain
+  plain=$(dirname "$4")/plain/$(basename "$4")
+  if [ -e "$plain" ]; then plain_then_scaled "$plain" "$@"
+  else timed "$4" plain_then_scaled "$plain" "$@"; fi
+}
+plain_then_scaled() {
+  local plain=$1 base=$2 rollouts=$3 unlearned=$4 output=$5
+  shift 5
+  "$PYTHON" build_signals.py --rollouts "$rollouts" --base "$base" --teachers "$base" \
+    --references "$unlearned" --output "$plain" "$@"
+  "$PYTHON" examples/family/signals.py --rollouts "$rollouts" --base "$base" --signals "$plain" \
+    --targets-per-wrong 1.35 $BOUNDS --output "$output"
 }
 student() { # student BASE ROLLOUTS SIGNALS OUTPUT FLAGS...
   local base=$1 rollouts=$2 signals=$3 output=$4
@@ -86,7 +98,19 @@ student() { # student BASE ROLLOUTS SIGNALS OUTPUT FLAGS...
   timed "$output" "$PYTHON" stage2_distill.py --base "$base" --rollouts "$rollouts" \
     --signals "$signals" --output "$output" --seed "$SEED" $STUDENT "$@"
 }
-judge() { # judge MODEL FOLDER PROBLEMS FLAGS...: FOLDER/base is the base's own
+first_signals() { # base minus unlearned on the first rollouts: of run.sh, rounds.sh, online.sh
+  unlearn "$RUN/base" "$RUN/rollouts" "$RUN/stage1/unlearned"
+  signals "$RUN/base" "$RUN/rollouts" "$RUN/stage1/unlearned" "$RUN/signals/unlearned.safetensors"
+}
+first_student() {
+  student "$RUN/base" "$RUN/rollouts" "$RUN/signals/unlearned.safetensors" \
+    "$RUN/students/unlearned" --epochs $STUDENT_EPOCHS
+}
+link() { # link NAME TARGET: what was made elsewhere, under a name of one's own
+  mkdir -p "$(dirname "$1")"
+  [ -e "$1" ] || [ -L "$1" ] || ln -s "$2" "$1"
+}
+judge() { # judge MODEL FOLDER PROBLEMS FLAGS...
   local model=$1 output=$2 problems=$3
   shift 3
   "$PYTHON" evaluate.py --model "$model" --problems "$problems" --output "$output" $SAMPLE "$@"
@@ -94,8 +118,12 @@ judge() { # judge MODEL FOLDER PROBLEMS FLAGS...: FOLDER/base is the base's own
 judge_base() { # judge_base FOLDER PROBLEMS: twice the samples, its rate enters every efficiency
   judge "$RUN/base" "$1/base" "$2" --n $((2 * EVAL_N))
 }
-judge_policy() { # judge_policy MODEL FOLDER NAME PROBLEMS: KL from where everything began
-  judge "$1" "$2/$3" "$4" --n "$EVAL_N" --base "$RUN/base" --base-run "$2/base"
+judge_policy() { # judge_policy MODEL FOLDER: on held-out problems, KL from where everything began
+  judge "$1" "$2" "$RUN/test.jsonl" --n "$EVAL_N" --base "$RUN/base" --base-run "$RUN/eval/base"
+}
+judge_first_student() {
+  judge_base "$RUN/eval" "$RUN/test.jsonl"
+  judge_policy "$RUN/students/unlearned" "$RUN/eval/student_unlearned"
 }
 
 # Two independent jobs at a time, one core each: one shows its progress, the other writes a log.

@@ -71,31 +71,43 @@ def take(rollouts: Rollouts, chosen: Tensor, path: Path) -> Rollouts:
     return replace(rollouts, path=path, cu_seqlens=cu_seqlens, problem_index=index.int(), **arrays)
 
 
+def load_whole(folder: Path) -> tuple[Rollouts, list[dict], list[dict]]:
+    """A folder of evaluate.py: rollouts, problems, samples. Raises UserError where they differ."""
+    rollouts = load_rollouts(folder)
+    problems, samples = (read_jsonl(folder / f"{name}.jsonl") for name in ("problems", "samples"))
+    if len(samples) != len(rollouts.rewards):
+        raise UserError(f"{folder}/samples.jsonl: {len(samples)} lines for "
+                        f"{len(rollouts.rewards)} responses; copy the folder again")  # fmt: skip
+    return rollouts, problems, samples
+
+
+def write_part(
+    whole: tuple[Rollouts, list[dict], list[dict]], chosen: Tensor, folder: Path, metadata: dict
+) -> None:
+    """Writes FOLDER: all responses of the chosen problems, given as responses [S] bool."""
+    rollouts, problems, samples = whole
+    made = take(rollouts, chosen, folder / "rollouts.safetensors")
+    kept = rollouts.problem_index[chosen].long().unique().tolist()
+    write_jsonl(folder / "problems.jsonl", [problems[i] for i in kept])
+    numbers = chosen.nonzero()[:, 0].tolist()
+    write_jsonl(folder / "samples.jsonl", [samples[i] for i in numbers])
+    save_rollouts(replace(made, metadata=rollouts.metadata | metadata))
+    print(f"{folder}: {len(kept)} problems, {len(numbers)} responses, "
+          f"accuracy {made.rewards.mean():.3f}")  # fmt: skip
+
+
 def main(args: Args) -> None:
     require(args, "share", lambda v: 0 < v < 1, "between 0 and 1")
-    rollouts = load_rollouts(args.rollouts)
-    problems = read_jsonl(args.rollouts / "problems.jsonl")
-    samples = read_jsonl(args.rollouts / "samples.jsonl")
-    if len(samples) != len(rollouts.rewards):
-        raise UserError(f"{args.rollouts}/samples.jsonl: {len(samples)} lines for "
-                        f"{len(rollouts.rewards)} responses; copy the folder again")  # fmt: skip
+    rollouts, *_ = whole = load_whole(args.rollouts)
     present = rollouts.problem_index.long().unique()
     half = part_of_problems(int(rollouts.problem_index.max()) + 1, args.share, args.seed)
     for number in (0, 1):
         chosen = half[rollouts.problem_index.long()] == number
         if not chosen.any():
             raise UserError(f"{args.rollouts}: {len(present)} problems; too few for two parts")
-        folder = args.output / str(number)
-        made = take(rollouts, chosen, folder / "rollouts.safetensors")
         part = {"half_of": fingerprint(rollouts.path), "half": number, "half_seed": args.seed,
                 "half_share": args.share}  # fmt: skip
-        kept = [i for i in present.tolist() if half[i] == number]
-        write_jsonl(folder / "problems.jsonl", [problems[i] for i in kept])
-        numbers = chosen.nonzero()[:, 0].tolist()
-        write_jsonl(folder / "samples.jsonl", [samples[i] for i in numbers])
-        save_rollouts(replace(made, metadata=rollouts.metadata | part))
-        print(f"{folder}: {len(kept)} problems, {len(numbers)} responses, "
-              f"accuracy {made.rewards.mean():.3f}")  # fmt: skip
+        write_part(whole, chosen, args.output / str(number), part)
 
 
 if __name__ == "__main__":

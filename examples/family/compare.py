@@ -368,9 +368,10 @@ def figure_accuracy_kl(seeds: list[Seed]) -> Figure:
 
 
 def figure_efficiency(seeds: list[Seed]) -> Figure:
-    """KL efficiency of every student, one column a factor: a dot a seed, a bar their mean."""
+    """KL efficiency of every student, one column a factor; 0 where it did not pass the base."""
     families = variants.factors()
-    height = 0.27 * max(map(len, families.values())) + 1.2
+    rows = max(map(len, families.values()))
+    height = 0.27 * rows + 1.2
     figure, columns = plt.subplots(
         1, len(families), figsize=(13, height), layout="constrained", sharex=True
     )
@@ -382,15 +383,17 @@ def figure_efficiency(seeds: list[Seed]) -> Figure:
             for name in lines
         }
         shown = sorted((n for n in known if known[n]), key=lambda n: statistics.mean(known[n]))
-        for y, name in enumerate(shown):
+        places = range(rows - len(shown), rows)  # the best on top
+        for y, name in zip(places, shown, strict=True):
             values = known[name]
             axes.plot([min(values), max(values)], [y, y], color=COLOURS[factor], lw=1, alpha=0.5)
             axes.plot(values, [y] * len(values), "o", color=COLOURS[factor], ms=4, alpha=0.6, mew=0)
             axes.plot(statistics.mean(values), y, "|", color=COLOURS[factor], ms=11, mew=2)
-        axes.set_yticks(range(len(shown)), [f"{name}  {numbers()[name]}" for name in shown])
+        axes.set_yticks(places, [f"{name}  {numbers()[name]}" for name in shown])
+        axes.set_ylim(-0.7, rows - 0.3)
         axes.tick_params(labelsize=8.5)
         axes.set_title(factor, color=COLOURS[factor], fontsize=10)
-        axes.set_xlabel("KL efficiency (0: base not passed)", fontsize=9)
+        axes.set_xlabel("KL efficiency", fontsize=9)
         axes.grid(axis="x", alpha=0.25, lw=0.5)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
@@ -436,6 +439,8 @@ def page(seeds: list[Seed], args: Args) -> str:
         f"![Accuracy against KL]({stem}_accuracy_kl.png)",
         "",
         f"![KL efficiency by factor]({stem}_efficiency.png)",
+        "",
+        "KL efficiency: a dot a seed, a bar their mean; 0 where a student did not pass the base.",
         "",
         "## Each objective: student against its own early-stopping curve",
         "",

@@ -4,8 +4,8 @@ The result (the teacher) is not the product and may be ruined. What counts is it
 base, token by token: the verdict on a whole response has become a verdict on each of its tokens
 (build_signals.py writes it down).
 
-    log_ratio_t = log policy(y_t) - log behavior(y_t)
-    S = sum_t log_ratio_t     r_t = exp(log_ratio_t)
+    log_ratio_t = log policy(y_t) - log behavior(y_t)     r_t = exp(log_ratio_t)
+    S = sum_t log_ratio_t     R = verdict, 0 or 1     A = (R - mean R) / std R over the problem
 
     ce    BCE(sigmoid(beta S), R)           the log-ratio as implicit reward (PRIME, ImplicitPRM)
     mse   (beta S - target)^2               target R, R - mean R, or R - V*, where
@@ -87,7 +87,7 @@ class Args:
     unlearn: bool = False
     """push every response down (R = 0, A = -1): the policy unlearns the behaviour"""
     stop_at_logprob: float | None = None
-    """end once a response's mean log-prob (nats, over one step) is this low: depth of unlearning"""
+    """end once the mean of a step's log policy(response), nats, is this low: depth of unlearning"""
 
     epochs: int = 8
     """passes over the fixed data"""
@@ -200,12 +200,12 @@ def group_statistics(
     advantages = torch.where(mixed[index], centred / (variance.sqrt()[index] + 1e-6), 0.0)
     # beta log(p exp(1/beta) + 1 - p), exp(1/beta) (5e8 at beta 0.05) taken out of the logarithm
     soft_values = 1 + beta * torch.log(mean + (1 - mean) * torch.tensor(-1 / beta).exp())
-    soft_values = torch.where(mean > 0, soft_values, 0.0)
+    soft_values = torch.where(mean > 0, soft_values, 0.0)  # p = 0: may be log 0 above
     return advantages, mean[index], soft_values[index]
 
 
 def ce_loss(x: LossInputs, *, beta: float, ce_prior: bool, **_: Any) -> LossOutput:
-    """Binary cross-entropy of sigmoid(beta S) against the verdict; with logits: never saturates."""
+    """Binary cross-entropy of sigmoid(beta S) against R, from logits: no sigmoid rounds to 1."""
     logits = beta * x.per_response(x.log_ratio)  # [S], sum over tokens, not mean
     if ce_prior:
         logits = logits + torch.logit(x.group_means, eps=0.02)
@@ -230,7 +230,7 @@ def mse_loss(x: LossInputs, *, beta: float, mse_target: str, unlearn: bool, **_:
 def sapo_loss(
     x: LossInputs, *, sapo_tau_positive: float, sapo_tau_negative: float, **_: Any
 ) -> LossOutput:
-    """-f(r) A, f(r) = 4/tau sigmoid(tau (r - 1)): slope 1 at r = 1, peak near 2, decay (SAPO)."""
+    """-f(r) A, f(r) = 4/tau sigmoid(tau (r - 1)); r f'(r) is 1 at r = 1, largest near 2 (SAPO)."""
     advantages = x.advantages[x.sequence_ids]  # [T]
     tau = torch.where(advantages > 0, sapo_tau_positive, sapo_tau_negative)
     gate = torch.sigmoid(tau * (safe_exp(x.log_ratio) - 1)) * 4 / tau
@@ -243,8 +243,8 @@ def grpo_loss(x: LossInputs, *, clip_low: float, clip_high: float, **_: Any) -> 
     ratio = safe_exp(x.log_ratio)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = -x.mean_over_tokens(torch.minimum(ratio * advantages, clipped * advantages)).sum()
-    bound = (clipped * advantages < ratio * advantages) & x.response_mask
-    return loss, {"clip_share": torch.stack([bound.sum(), x.response_mask.sum()])}
+    held = (clipped * advantages < ratio * advantages) & x.response_mask  # these get no gradient
+    return loss, {"clip_share": torch.stack([held.sum(), x.response_mask.sum()])}
 
 
 def sft_loss(x: LossInputs, **_: Any) -> LossOutput:
@@ -253,8 +253,8 @@ def sft_loss(x: LossInputs, **_: Any) -> LossOutput:
 
 
 # objective -> (function, what the loop divides its sum by, counted over the whole global batch)
-# A function also gets `previous`, the metrics of the step before ({} at the first): its one view of
-# a whole global batch, the same whatever the micro-batches and ranks, and kept in checkpoints.
+# A function gets all Args by name, and `previous`, the metrics of the step before (at first {}):
+# its view of a whole global batch, whatever the micro-batches and ranks; kept in checkpoints.
 LOSSES: dict[str, tuple[Callable[..., LossOutput], str]] = {
     "ce": (ce_loss, "responses"),
     "mse": (mse_loss, "responses"),
@@ -277,7 +277,7 @@ def diagnostics(x: LossInputs, entropy: Tensor, verdicts: Tensor) -> dict[str, T
     def mean(values: Tensor, where: Tensor) -> Tensor:
         return torch.stack([(values * where).sum(), where.sum()])
 
-    responses = x.per_response(mask.float()) > 0
+    responses = x.per_response(mask.float()) > 0  # [S]; false: stand-in of a rank without work
     return {
         "ratio": mean(ratio, mask),
         "ratio_outside_0.8_1.28": mean(((ratio < 0.8) | (ratio > 1.28)).float(), mask),
@@ -299,7 +299,7 @@ def diagnostics(x: LossInputs, entropy: Tensor, verdicts: Tensor) -> dict[str, T
 def training_targets(args: Args, rollouts: Rollouts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rewards (inverted or set to 0 as asked), advantages, group means, soft values: [S] float32.
 
-    Raises UserError where the data cannot teach the objective anything."""
+    Raises UserError where no problem has both verdicts (sft: where no response is correct)."""
     rewards = rollouts.rewards
     if args.unlearn:
         rewards = torch.zeros_like(rewards)
@@ -362,7 +362,7 @@ def main(args: Args) -> None:
     inputs = {"base": fingerprint(model_folder(args.base)), "rollouts": fingerprint(rollouts.path)}
     if args.init:
         inputs["init"] = fingerprint(model_folder(args.init))
-    check_vocabulary([args.base] + [args.init] * bool(args.init), rollouts)
+    check_vocabulary([args.base, args.init or args.base], rollouts)
     tokenizer = load_tokenizer(args.base)
     policy = load_policy(args.base, ranks, train=True, **vars(args))
     n = len(rewards)
@@ -370,7 +370,7 @@ def main(args: Args) -> None:
     total_steps, saves = args.epochs * steps_per_epoch, save_steps(args, steps_per_epoch)
     if not start_run(args.output, args, inputs, ranks):
         return
-    behavior_logprobs = score_behavior(args, rollouts, temperature, policy, ranks)
+    behavior_logprobs = score_behavior(args, rollouts, temperature, policy, ranks)  # the base's
     if args.init:
         del policy  # one model in memory at a time
         policy = load_policy(args.init, ranks, train=True, **vars(args))
@@ -388,7 +388,7 @@ def main(args: Args) -> None:
         batch = epoch_batches(n, args.batch_size, args.seed, epoch)[within]
         # One count over the global batch: neither micro-batches nor ranks change the objective.
         tokens = rollouts.response_lens[batch]
-        counts = {
+        counts = {  # LOSSES names the one that divides; some are for forks
             "responses": len(batch),
             "tokens": int(tokens.sum()),
             "positive_tokens": max(1, int((tokens * rewards[batch]).sum())),
@@ -399,14 +399,13 @@ def main(args: Args) -> None:
         sums: dict[str, Tensor] = {}
         for i, members in enumerate(rows):
             row: Row = make_row(rollouts, batch[members].tolist(), ranks.device)
-            at = row.sequences
+            at = row.sequences  # batch[members]; a stand-in where the rank has no work
             policy_logprobs, entropy = row_logprobs(policy, row, temperature)
-            behavior = to_device(behavior_logprobs[row.flat], ranks.device)
+            behavior = to_device(behavior_logprobs[row.flat], ranks.device) * row.response_mask
+            per_response = (rewards, advantages, soft_values, group_means)  # order of LossInputs
             x = LossInputs(
-                policy_logprobs, behavior * row.response_mask, row.response_mask, row.sequence_ids,
-                *(to_device(v[at], ranks.device) for v in
-                  (rewards, advantages, soft_values, group_means)),
-                entropy,
+                policy_logprobs, behavior, row.response_mask, row.sequence_ids,
+                *(to_device(v[at], ranks.device) for v in per_response), entropy,
             )  # fmt: skip
             loss_sum, metrics = loss_function(x, previous=state.get("metrics", {}), **vars(args))
             loss = loss_sum / counts[unit] * bool(members)  # a rank without work adds nothing
@@ -423,7 +422,7 @@ def main(args: Args) -> None:
 
         grad_norm = clip_gradients(policy, args.max_grad_norm)
         sums["grad_norm"] = torch.stack([grad_norm, torch.ones_like(grad_norm)])
-        sums["sigterm"] = torch.ones_like(sums["loss"]) * bool(sigterm)  # on any rank
+        sums["sigterm"] = torch.ones_like(sums["loss"]) * bool(sigterm)  # any rank: 1, none: nan
         values = mean_metrics(sums, ranks)
         learning_rate = args.learning_rate * min(1.0, (step + 1) / max(1, args.warmup_steps))
         optimizer_step(optimizer, learning_rate, values, state, args.output)

@@ -1,11 +1,11 @@
 """Stage 2: start at the base again and follow the signals as far as a trust region allows.
 
-    target_t = clip(scale signal_t, -c, c); 0 below a floor, and 0 where the step alone costs more
-               than delta nats: d(p exp(target_t) || p) > delta, p = base(y_t)
+    target_t = clip(scale signal_t, -c, c); 0 where its size is below a floor, or the step alone
+               costs more than delta nats: d(p exp(target_t) || p) > delta, p = base(y_t)
     log_ratio_t = log policy(y_t) - log base(y_t)     r_t = exp(log_ratio_t)
 
     regression  (log_ratio_t - target_t)^2               a clipped regression: no signal, no move
-    pg          -min(r_t target_t, clip(r_t) target_t)   clipped policy gradient; A: the signal
+    pg          -min(r_t target_t, clip(r_t) target_t)   policy gradient; r_t to behavior here
     forward_kl  KL(teacher || policy), whole vocabulary  plain distillation baselines: clone the
     reverse_kl  KL(policy || teacher), whole vocabulary  teacher (need --teacher, read no signal)
     + kl_coef KL                                         per token at the prefixes the base visited
@@ -80,7 +80,7 @@ class Args:
     signal_clip: float = 2.0
     """c, bound of the scaled signal, nats a token (the arithmetic example: 3 and 5)"""
     signal_floor: float = 0.0
-    """scaled signals below this, nats a token, count as 0 (the arithmetic example: 0.5 to 1.5)"""
+    """scaled |signal| below this, nats a token, counts as 0 (the arithmetic example: 0.5 to 1.5)"""
     token_kl: float = 0.2
     """delta, nats: tokens whose target alone costs more are held at the base; inf: off (ours)"""
     clip_low: float = 0.2
@@ -148,11 +148,11 @@ class Args:
                             "its signal is in --signals")  # fmt: skip
         if self.prob_mask is not None and self.objective != "pg":
             raise UserError("--prob-mask belongs to --objective pg")
-        if self.kl_budget is not None and not self.kl_budget > 0:
-            raise UserError(f"--kl-budget {self.kl_budget}: must be above 0 nats")
         counts = "epochs batch_size micro_batch_tokens kl_every"
         require(self, counts, lambda v: v >= 1, "1 or more")
         require(self, "shard_size", lambda v: v is None or v >= 1, "1 or more")
+        require(self, "kl_budget", lambda v: v is None or v > 0, "above 0 nats")
+        require(self, "prob_mask", lambda v: v is None or v >= 0, "0 or more")
         require(self, "max_noise", lambda v: 0 <= v <= 1, "between 0 and 1")
         above_0 = "learning_rate signal_clip token_kl max_grad_norm"
         require(self, above_0, lambda v: v > 0, "above 0")
@@ -187,7 +187,7 @@ LossOutput = tuple[Tensor, dict[str, Tensor]]  # unnormalised sum; {metric: tens
 
 def bernoulli_kl(a_logprobs: Tensor, p_logprobs: Tensor) -> Tensor:
     """d(a || p) of coins given by log a and log p: the least KL of moving a token's probability
-    from p to a, whatever becomes of the other tokens. Same shape, nats."""
+    from p to a, whatever becomes of the other tokens; a above 1 counts as 1. Same shape, nats."""
     log_a, log_p = a_logprobs.clamp(max=-1e-7), p_logprobs.clamp(max=-1e-7)  # log(1 - p) is finite
     log_not_a, log_not_p = torch.log(-torch.expm1(log_a)), torch.log(-torch.expm1(log_p))
     return log_a.exp() * (log_a - log_p) - torch.expm1(log_a) * (log_not_a - log_not_p)
@@ -197,8 +197,8 @@ def bounded_target(
     signal: Tensor, base_logprobs: Tensor, *, signal_scale: float, signal_clip: float,
     signal_floor: float, token_kl: float, **_: Any,
 ) -> Tensor:  # fmt: skip
-    """clip(scale signal, -c, c), and 0 (hold the base) where it is below the floor, or where the
-    step alone costs more than delta: d(base exp(target) || base) > delta."""
+    """clip(scale signal, -c, c), and 0 (hold the base) where its size is below the floor, or where
+    the step alone costs more than delta: d(base exp(target) || base) > delta."""
     target = (signal_scale * signal).clamp(-signal_clip, signal_clip)
     cost = bernoulli_kl(base_logprobs + target, base_logprobs)
     return torch.where((target.abs() < signal_floor) | (cost > token_kl), 0.0, target)
@@ -222,8 +222,8 @@ def pg_loss(
         moved = x.policy_logprobs.detach().exp() - x.behavior_logprobs.exp()
         keep = keep & (moved * advantages.sign() <= prob_mask)
     loss = -(torch.minimum(ratio * advantages, clipped * advantages) * keep).sum()
-    bound = ((clipped * advantages < ratio * advantages) | ~keep) & x.response_mask
-    return loss, {"clip_share": torch.stack([bound.sum(), x.response_mask.sum()])}
+    held = ((clipped * advantages < ratio * advantages) | ~keep) & x.response_mask
+    return loss, {"clip_share": torch.stack([held.sum(), x.response_mask.sum()])}
 
 
 def clone_loss(x: DistillInputs, **_: Any) -> LossOutput:
@@ -386,14 +386,14 @@ def check_start(args: Args, spent: float, ranks: Ranks) -> None:
 
 def forward_row(
     policy: Policy, teacher: Callable[..., Any] | None, row: Row, temperature: float,
-    /, objective: str, **settings: Any,
+    /, objective: str, **settings: Any,  # the slash: settings hold Args.teacher too
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Student log-probs, entropy, divergence from the teacher (zero without one): three [T]."""
     if teacher is None:
         logprobs, entropy = row_logprobs(policy, row, temperature)
         return logprobs, entropy, torch.zeros_like(entropy)
     with torch.no_grad():
-        given = teacher(row, lambda hidden, weight: (hidden, weight))
+        given = teacher(row, lambda hidden, weight: (hidden, weight))  # a Head, if not a fork's
 
     def divergence(hidden: Tensor, weight: Tensor) -> Tensor:
         return CLONES[objective][1](given, (hidden, weight), temperature, **settings)
@@ -416,12 +416,12 @@ def main(args: Args) -> None:
         behavior_logprobs, base_logprobs, signal = load_signals(args, rollouts)
         inputs["signals"] = fingerprint(args.signals)
     else:
-        path = Path(args.teacher)
+        path = Path(args.teacher)  # a file: a fork's
         inputs["teacher"] = fingerprint(path if path.is_file() else model_folder(args.teacher))
         teacher = CLONES[args.objective][0](args, rollouts, ranks)
     if args.init:
         inputs["init"] = fingerprint(model_folder(args.init))
-    check_vocabulary([args.base] + [args.init] * bool(args.init), rollouts)
+    check_vocabulary([args.base, args.init or args.base], rollouts)
     trained, held_out = split_problems(rollouts, args.kl_holdout, args.seed)
     tokenizer = load_tokenizer(args.base)
     policy = load_policy(args.base, ranks, train=True, **vars(args))
@@ -431,11 +431,11 @@ def main(args: Args) -> None:
         row_budget, what = args.micro_batch_tokens, "score the base"
         base_logprobs = score(policy, rollouts, temperature, row_budget, ranks, what)
         behavior_logprobs, signal = base_logprobs, torch.zeros_like(base_logprobs)
-    target = bounded_target(signal, base_logprobs, **vars(args))
-    arrays = (behavior_logprobs, base_logprobs, target)
+    targets = bounded_target(signal, base_logprobs, **vars(args))
+    arrays = (behavior_logprobs, base_logprobs, targets)
     more = more_arrays(args, rollouts)
     if args.signals:
-        print_targets(args, signal, target, rollouts, ranks)
+        print_targets(args, signal, targets, rollouts, ranks)
 
     if args.init:
         del policy  # one model in memory at a time
@@ -452,7 +452,7 @@ def main(args: Args) -> None:
         else:
             check_noise(noise, "student minus base log-probs", args.max_noise, ranks)
         state = {"step": 0, "learning_rate_factor": 1.0, "kl_coef": args.kl_coef}
-        save_checkpoint(args.output, state, policy, optimizer, ranks)  # a way back: in the budget
+        save_checkpoint(args.output, state, policy, optimizer, ranks)  # the first way back
     step = state["step"]
     log = MetricsLog(args.output, step, ranks, args.tensorboard)
     steps_per_epoch = -(-len(trained) // args.batch_size)
@@ -461,7 +461,7 @@ def main(args: Args) -> None:
     score_now = functools.partial(
         score, policy, rollouts, temperature, args.micro_batch_tokens, ranks, "score the student"
     )
-    anchor, first_step = base_logprobs, step
+    anchor, first_step = base_logprobs, step  # the anchor stays the base, unless in a fork
     bar = progress(ranks, total_steps, step, f"stage 2 {args.objective}")
     sigterm = catch_sigterm()
 
@@ -501,7 +501,7 @@ def main(args: Args) -> None:
 
         grad_norm = clip_gradients(policy, args.max_grad_norm)
         sums["grad_norm"] = torch.stack([grad_norm, torch.ones_like(grad_norm)])
-        sums["sigterm"] = torch.ones_like(sums["loss"]) * bool(sigterm)  # on any rank
+        sums["sigterm"] = torch.ones_like(sums["loss"]) * bool(sigterm)  # any rank: 1, none: nan
         values = mean_metrics(sums, ranks)
         warmup = min(1.0, (step + 1) / max(1, args.warmup_steps))
         learning_rate = args.learning_rate * warmup * state["learning_rate_factor"]
@@ -510,7 +510,7 @@ def main(args: Args) -> None:
         stop = values.pop("sigterm") > 0
         bar.update()
 
-        within_budget = args.kl_budget is None  # what was not measured may be past a budget
+        within_budget = args.kl_budget is None  # not known under a budget, until measured
         if step % args.kl_every == 0 or step == total_steps:
             spent = values["kl_proxy"] = measure()[0]
             state["kl_coef"] = values["kl_coef"] = next_kl_coef(args, state["kl_coef"], spent)
@@ -522,14 +522,14 @@ def main(args: Args) -> None:
                 # To the last policy within the budget.
                 good = load_checkpoint(args.output, policy, optimizer, ranks)["step"]
                 ranks.print(f"step {step}: KL proxy of {spent:.3f} nats, budget {budget}; "
-                            f"back to the policy of step {good}")  # fmt: skip
+                            f"back to the checkpoint of step {good}")  # fmt: skip
                 state["learning_rate_factor"] /= 2
         done = {"step": step, "epoch": step / steps_per_epoch, "learning_rate": learning_rate}
         log.write(done | values)
         measured = "kl_proxy" in values
         rolled_back = measured and not within_budget and args.kl_budget_action == "rollback"
-        if rolled_back or (within_budget and (measured or stop)):
-            save_checkpoint(args.output, state, policy, optimizer, ranks)  # its line is logged
+        if rolled_back or (within_budget and (measured or stop)):  # log first: resume keeps it
+            save_checkpoint(args.output, state, policy, optimizer, ranks)
         if args.kl_budget_action == "stop" and state["learning_rate_factor"] < 1:
             break
         if stop and step < total_steps:

@@ -422,6 +422,7 @@ CASES = [
     Case("teacher and signals", STAGE2 + " --teacher {other}",
          ("--teacher", "regression", "--signals")),
     Case("mask without pg", STAGE2 + " --prob-mask 0.2", ("--prob-mask", "--objective pg")),
+    Case("mask below 0", STAGE2 + " --objective pg --prob-mask -1", ("--prob-mask", "0 or more")),
     Case("nothing left to train on", STAGE2 + " --kl-holdout 0.99",
          ("--kl-holdout 0.99", "none of 8 problems")),
     *flag_cases("stage 2", STAGE2, """

@@ -34,6 +34,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.path import Path as LinePath
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from PIL import Image
@@ -409,36 +410,72 @@ def compare(
 def place_labels(axes: Axes, labels: list[tuple[float, float, str, str]], obstacles: Array) -> None:
     """Writes each (x, y, text, colour) beside its point where nothing stands; obstacles [n, 2].
 
-    Texts that are there already stand too."""
+    Texts that are there already stand too, with their lines; no line to a label crosses another
+    line, a label or a point. Of several orders that of the least way to the labels is kept."""
     axes.figure.canvas.draw()  # fixes the transforms that the search below measures with
-    renderer = axes.figure.canvas.get_renderer()
-    points = np.concatenate([obstacles, np.array([label[:2] for label in labels])])
-    pixels = axes.transData.transform(points)
-    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in pixels]
-    taken += [Text.get_window_extent(text, renderer) for text in axes.texts]
-    angles = np.deg2rad([20, -20, 160, 200, 60, -60, 120, 240, 90, 270])
-    radii = (9, 20, 34, 50, 70, 95)
-    tries = [(radius * np.cos(a), radius * np.sin(a)) for radius in radii for a in angles]
-    for x, y, text, colour in labels:
-        for dx, dy in tries:
-            side = "left" if dx > 1 else "right" if dx < -1 else "center"
-            line = {"arrowstyle": "-", "color": colour, "lw": 0.6}
-            note = axes.annotate(
-                text, (x, y), (dx, dy), textcoords="offset points", ha=side, va="center", zorder=6,
-                fontsize=8.5, color=colour, arrowprops=line if math.hypot(dx, dy) > 12 else None,
-            )  # fmt: skip
-            note.set_in_layout(False)
-            note.update_positions(renderer)
-            box = Text.get_window_extent(note, renderer)  # of the text alone, without its line
-            corners = [(box.x0, box.y0), (box.x1, box.y1)]
-            inside = all(axes.bbox.contains(*corner) for corner in corners)
-            if inside and not any(box.overlaps(other) for other in taken):
-                taken.append(box)
-                break
-            note.remove()
-        else:  # crowded: better a label on a line than a point without a name
-            axes.annotate(text, (x, y), (9, 0), textcoords="offset points", fontsize=8.5,
-                          color=colour)  # fmt: skip
+    renderer, dots = axes.figure.canvas.get_renderer(), axes.figure.dpi / 72
+    points = axes.transData.transform([label[:2] for label in labels])
+    pixels = np.concatenate([axes.transData.transform(obstacles), points])
+    standing = [Text.get_window_extent(text, renderer) for text in axes.texts]
+    arrows = [arrow for text in axes.texts if (arrow := getattr(text, "arrow_patch", None))]
+    standing += [arrow.get_window_extent(renderer) for arrow in arrows]
+    fixed = [np.concatenate([pixels - 4, pixels + 4], 1), [box.extents for box in standing]]
+    fixed = np.concatenate([boxes for boxes in fixed if len(boxes)])  # [n, (x0, y0, x1, y1)]
+    marks = [Bbox([point - 7, point + 7]) for point in points]
+    angles = np.deg2rad([20, -20, 160, 200, 60, -60, 120, 240, *range(0, 360, 10)])
+    radii = (9, 20, 27, 34, 42, 50, 60, 70, 82, 95, 125, 160)
+    offsets = [(r * np.cos(a), r * np.sin(a)) for r in radii for a in angles]
+    sizes = []
+    for _, _, text, _ in labels:
+        measured = axes.text(0, 0, text, fontsize=8.5)
+        sizes.append(np.array(Text.get_window_extent(measured, renderer).size))
+        measured.remove()
+
+    def side(dx: float) -> str:
+        return "left" if dx > 1 else "right" if dx < -1 else "center"
+
+    def is_far(dx: float, dy: float) -> bool:
+        return math.hypot(dx, dy) > 12  # and has a line
+
+    def search(order: list[int]) -> tuple[float, dict[int, tuple[float, float]]]:
+        taken, texts, lines, chosen, way = fixed, [], [], {}, 0.0
+        for i in order:
+            others = marks[:i] + marks[i + 1 :] + texts
+            # In a crowd rather a crossing than a label on something, rather that than none.
+            for (dx, dy), strict in [*((o, True) for o in offsets), *((o, False) for o in offsets)]:
+                shift = {"left": 0.0, "center": 0.5, "right": 1.0}[side(dx)]
+                low = points[i] + np.array([dx, dy]) * dots - sizes[i] * (shift, 0.5)
+                box = Bbox([low, low + sizes[i]])
+                if not (axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max)):
+                    continue
+                if ((box.min < taken[:, 2:]) & (box.max > taken[:, :2])).all(1).any():
+                    continue
+                line = [LinePath([points[i], low + sizes[i] / 2])] if is_far(dx, dy) else []
+                if not strict or not (
+                    any(a.intersects_path(b) for a in line for b in lines)
+                    or any(a.intersects_bbox(b) for a in line for b in others)
+                    or any(a.intersects_bbox(box) for a in lines)
+                ):
+                    chosen[i], taken = (dx, dy), np.concatenate([taken, [box.extents]])
+                    texts.append(box)
+                    lines += line
+                    way += math.hypot(dx, dy) + (0 if strict else 300)
+                    break
+            else:
+                chosen[i] = (9.0, 0.0)
+                way += 1000
+        return way, chosen
+
+    by = [range(len(labels)), *(np.lexsort(points.T[::-1]), np.lexsort(points.T))]
+    orders = [order for forth in by for order in (list(forth), list(forth)[::-1])]
+    _, chosen = min((search(order) for order in orders), key=lambda found: found[0])
+    for i, (x, y, text, colour) in enumerate(labels):
+        line = {"arrowstyle": "-", "color": colour, "lw": 0.6} if is_far(*chosen[i]) else None
+        note = axes.annotate(
+            text, (x, y), chosen[i], textcoords="offset points", ha=side(chosen[i][0]), va="center",
+            zorder=6, fontsize=8.5, color=colour, arrowprops=line,
+        )  # fmt: skip
+        note.set_in_layout(False)
 
 
 def draw_limits(axes: Axes, base: Evaluation, largest_kl: float) -> Array:

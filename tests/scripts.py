@@ -33,7 +33,8 @@ def finish(process: subprocess.Popen, code: int = 0) -> str:
 
 def kill_when(process: subprocess.Popen, written: Path) -> None:
     """kill -9 of all its processes as soon as a file is there."""
-    while process.poll() is None and not written.exists():
+    while not written.exists():
+        assert process.poll() is None, process.communicate()[0]  # it ended before
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()

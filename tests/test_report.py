@@ -21,6 +21,35 @@ import common
 SAMPLING = {"n": 8, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 128, "seed": 0}
 
 
+@pytest.mark.parametrize("n", (3, 4, 9))
+def test_labels_keep_off_each_other_and_their_lines_do_not_cross(n: int) -> None:
+    """Points closer to each other than their labels are high, a curve beside them."""
+    figure, axes = report.plt.subplots(figsize=(9, 6), dpi=150)
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    points = [(0.5 + 0.012 * i, 0.5 + 0.008 * (i % 3)) for i in range(n)]
+    labels = [(x, y, f"student: {i}", "black") for i, (x, y) in enumerate(points)]
+    curve = np.stack([np.linspace(0, 1, 200), np.linspace(0.6, 0.52, 200)], 1)
+    report.place_labels(axes, labels, curve)
+    figure.canvas.draw()
+    boxes = [report.Text.get_window_extent(note) for note in axes.texts]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    for x, y in axes.transData.transform(np.concatenate([curve, points])):
+        assert not any(box.contains(x, y) for box in boxes)
+    report.plt.close(figure)
+    if n > 4:  # in a crowd lines may cross
+        return
+    starts = axes.transData.transform(points)
+    lines = {
+        i: report.LinePath([starts[i], ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2)])
+        for i, box in enumerate(boxes) if axes.texts[i].arrow_patch
+    }  # fmt: skip
+    for i, line in lines.items():
+        assert not any(line.intersects_path(other) for j, other in lines.items() if j != i)
+        assert not any(line.intersects_bbox(box) for j, box in enumerate(boxes) if j != i)
+        assert not any(line.intersects_bbox(report.Bbox([p - 3, p + 3]))
+                       for j, p in enumerate(starts) if j != i)  # fmt: skip
+
+
 def rows(*values):
     """One bootstrap row."""
     return np.array([values], dtype=float)

@@ -797,17 +797,18 @@ def draw_samples(runs: Runs) -> Drawn:
     }  # fmt: skip
     figure, ((by_rollouts, by_seconds),) = panels(1, 2, 3.8, sharey=True)
     numbers: dict[str, Any] = {"base": {"accuracy": spread(base_values(runs, "accuracy"))}}
-    timed = True
+    found = {method: [source(run) for run in runs] for method, source in sources.items()}
+    timed = [i for i in range(len(runs)) if all(np.isfinite(p[i][2]).all() for p in found.values())]
     for method, (_, colour) in METHODS.items():
-        points = [sources[method](run) for run in runs]
-        for rollouts, accuracy, took in points:
+        points = found[method]
+        for i, (rollouts, accuracy, took) in enumerate(points):
             if method != "fixed":
                 by_rollouts.plot(rollouts / 1000, accuracy, color=colour, lw=0.6, alpha=0.5)
-            by_seconds.plot(took / 60, accuracy, color=colour, lw=0.6, alpha=0.5)
+            if i in timed:
+                by_seconds.plot(took / 60, accuracy, color=colour, lw=0.6, alpha=0.5)
         # Rounds that all seeds have (the plateau comes when it comes).
         shared = min(len(accuracy) for _, accuracy, _ in points)
         rollouts, accuracy, took = (np.stack([p[i][:shared] for p in points]) for i in range(3))
-        timed = timed and bool(np.isfinite(took).all())
         if method == "fixed":
             x = rollouts[0, 0] / 1000
             bars(by_rollouts, x, accuracy.max(1), colour, fmt="^", ms=6)
@@ -831,16 +832,17 @@ def draw_samples(runs: Runs) -> Drawn:
                 "rounds_of_each_seed": [len(accuracy) - 1 for _, accuracy, _ in points],
                 "last_of_each_seed": spread(accuracy[-1] for _, accuracy, _ in points),
             }
-        by_seconds.plot(took.mean(0) / 60, accuracy.mean(0), color=colour, marker="o", ms=4, lw=1.4)
+        if timed:
+            by_seconds.plot(took[timed].mean(0) / 60, accuracy[timed].mean(0), color=colour, lw=1.4,
+                            marker="o", ms=4)  # fmt: skip
     by_rollouts.set(xlabel="rollouts drawn, thousands", ylabel="accuracy, held out", ylim=(0, 1.02))
     by_seconds.set_xlabel("minutes of sampling, scoring and training")
     level(by_rollouts, base_values(runs, "accuracy"), "base")
     name_lines(by_rollouts, dict(METHODS.values()))
-    if not timed:
-        print("samples.png: no times: a step was interrupted, or made by another script; see "
-              "seconds.jsonl")  # fmt: skip
-        by_seconds.text(0.5, 0.5, "not timed in every seed", transform=by_seconds.transAxes,
-                        ha="center", fontsize=9, color=GREY)  # fmt: skip
+    if len(timed) < len(runs):  # a step was interrupted, or made elsewhere: see seconds.jsonl
+        text = f"{len(timed)} of {len(runs)} seeds were timed throughout"
+        print(f"samples.png: {text}")
+        by_seconds.set_title(text, fontsize=9)
     return figure, numbers
 
 

@@ -116,7 +116,7 @@ judge() { # judge MODEL FOLDER PROBLEMS FLAGS...
   "$PYTHON" evaluate.py --model "$model" --problems "$problems" --output "$output" $SAMPLE "$@"
 }
 judge_base() { # judge_base FOLDER PROBLEMS: twice the samples, its rate enters every efficiency
-  judge "$RUN/base" "$1/base" "$2" --n $((2 * EVAL_N))
+  judge "$RUN/base" "$1/base" "$2" --n $((2 * EVAL_N)) --base "$RUN/base"
 }
 judge_policy() { # judge_policy MODEL FOLDER: on held-out problems, KL from where everything began
   judge "$1" "$2" "$RUN/test.jsonl" --n "$EVAL_N" --base "$RUN/base" --base-run "$RUN/eval/base"

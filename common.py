@@ -25,6 +25,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -1061,6 +1062,15 @@ def check_noise(sums: Tensor, what: str, max_noise: float, ranks: Ranks) -> None
 # Run folders, optimiser, checkpoints, metrics
 
 
+def wait_for(path: Path, seconds: float = 90) -> bool:
+    """Whether a file that another node has written can be seen here; NFS remembers for up to a
+    minute (acdirmax) that there was none."""
+    end = time.monotonic() + seconds
+    while not (there := path.is_file()) and time.monotonic() < end:
+        time.sleep(0.5)
+    return there
+
+
 # May change between a run and its continuation: memory, speed and guards, not what is computed
 FREE_FLAGS = {
     "output", "micro_batch_tokens", "activation_checkpointing", "defer_gradient_sync", "shard_size",
@@ -1104,7 +1114,7 @@ def start_run(
     if ranks.rank == 0:
         write_json(path, record | {"torch": torch.__version__, "world_size": ranks.world_size})
     ranks.barrier()
-    if not path.is_file():  # else ranks would part ways: some find a checkpoint, some do not
+    if not wait_for(path):  # else ranks would part ways: some find a checkpoint, some do not
         raise UserError(f"--output {output}: rank {ranks.rank} does not see what rank 0 wrote; "
                         "choose a folder that all nodes share")  # fmt: skip
     return True

@@ -1271,6 +1271,15 @@ def library_versions(engine: str) -> dict[str, str]:
     return {name: importlib.import_module(name).__version__ for name in names}
 
 
+def base_device(policy: Policy, device: torch.device) -> torch.device:
+    """Where the base goes: beside the policy, or on the second GPU where one cannot hold both."""
+    if device.type != "cuda" or torch.cuda.device_count() < 2:
+        return device
+    weights = sum(p.numel() * p.element_size() for p in policy.parameters())
+    room = 0.8 * torch.cuda.get_device_properties(device).total_memory  # the rest: activations
+    return device if 2 * weights < room else torch.device("cuda", 1)
+
+
 @torch.no_grad()
 def measure_kl(args: Args, rollouts: Rollouts, ranks: Ranks) -> dict[str, Tensor]:
     """KL, k1 and entropy summed over each of the policy's own responses (all, or a subset)."""
@@ -1278,14 +1287,20 @@ def measure_kl(args: Args, rollouts: Rollouts, ranks: Ranks) -> dict[str, Tensor
     subset = torch.arange(n)
     if 0 < args.kl_samples < n:
         subset = torch.linspace(0, n - 1, args.kl_samples).round().long()
-    names, dtype = (args.model, args.base), sampler_dtype(ranks)
-    policy, base = (Policy(load_lm(name, ranks.device, dtype)) for name in names)
+    dtype = sampler_dtype(ranks)
+    policy = Policy(load_lm(args.model, ranks.device, dtype))
+    elsewhere = base_device(policy, ranks.device)
+    base = Policy(load_lm(args.base, elsewhere, dtype))
     sums = torch.zeros(3, n)
     lengths = rollouts.lengths[subset].tolist()
     with progress(ranks, len(subset), 0, "measure KL") as bar:
         for chosen in pack(lengths, args.micro_batch_tokens, 1)[0]:
-            row = make_row(rollouts, subset[chosen].tolist(), ranks.device)
-            states = [*policy(row, lambda h, w: (h, w)), *base(row, lambda h, w: (h, w))]
+            members = subset[chosen].tolist()
+            row = make_row(rollouts, members, ranks.device)
+            same = elsewhere == ranks.device
+            theirs = row if same else make_row(rollouts, members, elsewhere)
+            moved = (x.to(ranks.device) for x in base(theirs, lambda h, w: (h, w)))
+            states = [*policy(row, lambda h, w: (h, w)), *moved]
             ids = row.sequence_ids[row.response_index]
             measured = policy_against_base(*states, row.tokens[row.response_index])
             for i, values in enumerate(measured):

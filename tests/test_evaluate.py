@@ -439,6 +439,28 @@ def test_kl_against_oneself_is_zero(enumerated, ranks, tmp_path):
     assert (arrays["k1"] == 0).all()
 
 
+def test_base_on_another_device(enumerated, ranks, monkeypatch, tmp_path):
+    """The same numbers; a second GPU only where one has no room for two copies of the weights."""
+    folder, rollouts, *_ = enumerated
+    names = dict(model=str(folder / "0"), base=str(folder / "1"), problems=Path("p"))
+    expected = evaluate.measure_kl(evaluate.Args(**names, output=tmp_path / "a"), rollouts, ranks)
+    other = torch.device("cpu", 0)  # not equal to "cpu": a device of its own here
+    monkeypatch.setattr(evaluate, "base_device", lambda *_: other)
+    arrays = evaluate.measure_kl(evaluate.Args(**names, output=tmp_path / "b"), rollouts, ranks)
+    assert all(torch.equal(arrays[name], expected[name]) for name in arrays)
+    monkeypatch.undo()
+
+    policy = common.Policy(common.load_lm(str(folder / "0"), torch.device("cpu"), torch.float32))
+    weights = 4 * sum(p.numel() for p in policy.parameters())
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    for gpus, memory, where in [(2, 3 * weights, first), (2, 2 * weights, second),
+                                (1, 2 * weights, first)]:  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "device_count", lambda n=gpus: n)
+        properties = type("Properties", (), {"total_memory": memory})
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, p=properties: p)
+        assert evaluate.base_device(policy, first) == where
+
+
 def tilt(base, rewards, eta):
     """Base re-weighted by exp(eta R), by enumeration: log-probabilities, accuracy, sequence KL."""
     tilted = (base + eta * rewards).log_softmax(0)

@@ -232,6 +232,35 @@ def test_lost_shard_ends_the_run(place: Path, tmp_path: Path) -> None:
     assert not (run / "round1" / "rollouts" / "rollouts.safetensors").exists()
 
 
+def test_shards_of_several_gpus(tmp_path: Path) -> None:
+    """TENSOR_PARALLEL: each shard has GPUs of its own, and all shards together are the run."""
+    sampler = tmp_path / "python"
+    sampler.write_text(f'#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES $@" >> "{tmp_path}/called"\n')
+    sampler.chmod(0o755)
+    for node in ("0", "1"):
+        settings = {"SAMPLER": str(sampler), "GPUS": "4", "NODES": "2", "TENSOR_PARALLEL": "2",
+                    "SLURM_NODEID": node, "CUDA_VISIBLE_DEVICES": "4,5,6,7"}  # fmt: skip
+        subprocess.run(
+            ["bash", EXAMPLE / "shards.sh", tmp_path / "logs", "--n", "4"],
+            env=os.environ | settings, check=True,
+        )  # fmt: skip
+    calls = sorted((tmp_path / "called").read_text().splitlines(), key=lambda line: line[-3:])
+    assert calls == [
+        f"{gpus} evaluate.py --n 4 --shard {shard}/4"
+        for shard, gpus in enumerate(["4,5", "6,7"] * 2)
+    ]
+
+
+def test_gpus_that_torch_does_not_see(tmp_path: Path) -> None:
+    """As with a driver too old: refused, not trained on the CPU."""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    settings = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "",
+                "PYTHON": sys.executable, "ENGINE": "hf", "RUN": str(tmp_path / "run")}  # fmt: skip
+    printed = finish(start(EXAMPLE / "run.sh", os.environ | settings), 2)
+    assert "sees none of the GPUs" in printed and not (tmp_path / "run").exists()
+
+
 def test_setup(place: Path, tmp_path: Path) -> None:
     """Where both environments are up to date it installs nothing and looks the inputs up."""
     environments = {"ERPD_VENV": "requirements.txt", "ERPD_CUDA_VENV": "requirements-cuda.txt"}

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -240,6 +241,15 @@ def test_models_with_other_names_in_their_files_are_refused(model_folders, tmp_p
     policy = common.Policy(common.load_lm(model_folders[0], CPU, torch.float32))
     with pytest.raises(common.UserError, match=r"no model\.norm\.weight.*save_pretrained"):
         common._load_shards(policy, str(folder), 0, 1)
+
+
+def test_a_file_of_another_node_is_waited_for(tmp_path):
+    """As NFS shows it: late."""
+    path = tmp_path / "args.json"
+    late = threading.Timer(0.3, path.touch)
+    late.start()
+    assert common.wait_for(path, 60) and not common.wait_for(tmp_path / "never", 0)
+    late.join()
 
 
 def test_shard_size_must_divide(monkeypatch):

@@ -5,7 +5,7 @@
 #   stop_steps, go_again  what to do at SIGTERM: end the running step; afterwards
 #
 # A step whose last file is there is left out, so the same command goes on where it stopped.
-export PYTHON SAMPLER GPUS NODES PYTHONUNBUFFERED=1
+export PYTHON SAMPLER GPUS NODES TENSOR_PARALLEL PYTHONUNBUFFERED=1
 
 fail() {
   echo "error: $1" >&2
@@ -14,6 +14,14 @@ fail() {
 
 [ -x "$(command -v "$PYTHON")" ] && [ -x "$(command -v "$SAMPLER")" ] ||
   fail "no $PYTHON or no $SAMPLER; run examples/qwen3_4b/setup.sh first, or set PYTHON and SAMPLER"
+if nvidia-smi -L > /dev/null 2>&1; then
+  for python in "$PYTHON" "$SAMPLER"; do # torch would go on, on the CPU
+    "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+      fail "$python: its torch sees none of the GPUs that nvidia-smi -L lists; a driver too old for its CUDA?"
+  done
+fi
+[ $((GPUS % TENSOR_PARALLEL)) = 0 ] ||
+  fail "TENSOR_PARALLEL=$TENSOR_PARALLEL: must divide the $GPUS GPUs of a node"
 mkdir -p "$RUN"
 current=$(for name in $SETTINGS; do echo "$name=${!name}"; done)
 [ -f "$RUN/settings.txt" ] || echo "$current" > "$RUN/settings.txt"
@@ -45,13 +53,13 @@ step() { # step LAST_FILE: is there anything to do?
   if [ -e "$1" ]; then echo "== $1: complete"; return 1; fi
   printf '\n== %s\n' "$1"
 }
-sample() { # sample OUTPUT ARGUMENTS: all GPUs a shard each, then one process merges and grades
+sample() { # sample OUTPUT ARGUMENTS: a shard for each GPU, then one process merges and grades
   local output=$1
   shift
   step "$output/metrics.json" || return 0
   set -- "$@" --output "$output" --engine "$ENGINE" --max-new-tokens "$MAX_NEW_TOKENS" \
-    --prompt-template "$PROMPT" $SAMPLING
-  [ $((NODES * GPUS)) = 1 ] ||
+    --prompt-template "$PROMPT" --tensor-parallel "$TENSOR_PARALLEL" $SAMPLING
+  [ $((NODES * GPUS / TENSOR_PARALLEL)) = 1 ] ||
     each_node bash examples/qwen3_4b/shards.sh "$RUN/logs/${output#"$RUN/"}" "$@"
   first_node "$SAMPLER" evaluate.py "$@"
 }

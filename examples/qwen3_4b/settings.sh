@@ -29,6 +29,8 @@ KL_SAMPLES=${KL_SAMPLES:-240}
 RUN=${RUN:-runs/qwen3_4b}
 ROUNDS=${ROUNDS:-3}
 GPUS=${GPUS:-8} # on each node
+TENSOR_PARALLEL=${TENSOR_PARALLEL:-1} # GPUs that sample with one copy, where a model needs more than one
+SHARD_SIZE=${SHARD_SIZE:-$GPUS}       # on several nodes: GPUs that train one copy, where it needs more than a node
 # Memory and speed, never the objective (docs/scaling.md): for GPUs of 80 GB.
 MEMORY=${MEMORY---micro-batch-tokens 32768 --activation-checkpointing --defer-gradient-sync}
 SCORING=${SCORING---micro-batch-tokens 65536}

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# One evaluate.py for each GPU of this node, each with its shard. Called by rounds.sh once on each node:
+# One evaluate.py for each GPU of this node (or for each TENSOR_PARALLEL of them), each with its shard.
+# Called by rounds.sh once on each node:
 #
 #   bash examples/qwen3_4b/shards.sh LOGS ARGUMENTS OF evaluate.py
 set -euo pipefail
@@ -8,20 +9,21 @@ shift
 node=0
 [ "${NODES:-1}" = 1 ] || node=$SLURM_NODEID # set by srun; of no meaning where one node was asked for
 IFS=, read -r -a devices <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((GPUS - 1)))}"
+here=$((GPUS / TENSOR_PARALLEL)) # shards of this node
 mkdir -p "$logs"
 pids=()
 trap 'kill -TERM "${pids[@]}" 2>/dev/null; wait; exit 143' TERM INT
-for ((g = 0; g < GPUS; g++)); do
-  shard=$((node * GPUS + g))
+for ((g = 0; g < here; g++)); do
+  shard=$((node * here + g))
   # The first shard shows its progress, the others write logs.
   if [ $shard = 0 ]; then exec 3>&2; else exec 3>>"$logs/shard$shard.log"; fi
-  CUDA_VISIBLE_DEVICES=${devices[g]:-} \
-    "$SAMPLER" evaluate.py "$@" --shard "$shard/$((NODES * GPUS))" >&3 2>&3 3>&- &
+  CUDA_VISIBLE_DEVICES=$(IFS=, && echo "${devices[*]:g * TENSOR_PARALLEL:TENSOR_PARALLEL}") \
+    "$SAMPLER" evaluate.py "$@" --shard "$shard/$((NODES * here))" >&3 2>&3 3>&- &
   pids+=($!)
 done
-for ((g = 0; g < GPUS; g++)); do
+for ((g = 0; g < here; g++)); do
   if ! wait "${pids[g]}"; then
-    shard=$((node * GPUS + g))
+    shard=$((node * here + g))
     echo "error: shard $shard failed; the end of its log:" >&2
     [ $shard = 0 ] || tail -n 20 "$logs/shard$shard.log" >&2
     kill -TERM "${pids[@]}" 2>/dev/null || true

@@ -161,6 +161,8 @@ class Args:
         require(self, "clip_low", lambda v: 0 <= v <= 1, "between 0 and 1")
         require(self, "kl_holdout", lambda v: 0 < v < 1, "between 0 and 1")
         require(self, "signal_scale", math.isfinite, "finite")
+        low_enough = f"at most --signal-clip {self.signal_clip:g}, else no target is left"
+        require(self, "signal_floor", lambda v: v <= self.signal_clip, low_enough)
         if self.tensorboard:
             check_tensorboard()
 

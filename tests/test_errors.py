@@ -421,6 +421,8 @@ CASES = [
          ("regression", "needs --signals")),
     Case("teacher and signals", STAGE2 + " --teacher {other}",
          ("--teacher", "regression", "--signals")),
+    Case("floor above clip", STAGE2 + " --signal-clip 2 --signal-floor 3",
+         ("--signal-floor 3", "at most --signal-clip 2")),
     Case("mask without pg", STAGE2 + " --prob-mask 0.2", ("--prob-mask", "--objective pg")),
     Case("mask below 0", STAGE2 + " --objective pg --prob-mask -1", ("--prob-mask", "0 or more")),
     Case("nothing left to train on", STAGE2 + " --kl-holdout 0.99",

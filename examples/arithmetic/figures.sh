@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 HERE=paper
 source examples/arithmetic/steps.sh
-BEGUN=$SECONDS
+BEGUN=$SECONDS OTHERS=0
 
 if [ "$KIND" = quick ]; then
   REUSE="--epochs 2 --save-at 1 2" COLLAPSE="--epochs 1" RECOVER="--epochs 1 --save-at 0.5 1"
@@ -37,14 +37,14 @@ say "problems, base, its rollouts"
 base_and_rollouts
 export SEED RUN
 others() { # others SCRIPT TABLE: makes what the script ends with, unless it is there
+  local begun=$SECONDS
   say "$1.sh"
   if [ -f "$RUN/$2" ]; then echo "$RUN/$2 is there"; else bash "examples/arithmetic/$1.sh"; fi
+  OTHERS=$((OTHERS + SECONDS - begun))
 }
 others run summary.json
 others rounds rounds/rounds.json
-others plateau plateau/plateau.json
 others online online/online.json
-OWN=$SECONDS
 
 stage1() { # stage1 NAME FLAGS...
   local output=$HERE/stage1/$1
@@ -82,10 +82,19 @@ join
 link "$HERE/base" ../base
 link "$HERE/test.jsonl" ../test.jsonl
 for teacher in ce sapo; do link "$HERE/stage1/$teacher" "../../stage1/$teacher"; done
-judge_part() { # judge_part I: every second checkpoint, student and GRPO round, from the I-th
-  local flags="--run $HERE --shard $1/2 --seed $SEED --base-run $RUN/eval/base" number=0
+judge_part() { # judge_part I: every second checkpoint and student, from the I-th
+  local flags="--run $HERE --shard $1/2 --seed $SEED --base-run $RUN/eval/base"
   "$PYTHON" examples/arithmetic/judge.py --what checkpoints --n $CURVE_N $flags
   "$PYTHON" examples/arithmetic/judge.py --what students --n $STUDENT_N $flags
+}
+say "evaluation on held-out problems"
+beside judge1 judge_part 1
+judge_part 0
+join
+
+others plateau plateau/plateau.json
+judge_grpo() { # judge_grpo I: every second GRPO round, from the I-th
+  local number=0
   for policy in "$RUN"/plateau/round*/policy; do
     number=$((number + 1))
     [ $((number % 2)) = "$1" ] || continue
@@ -93,11 +102,11 @@ judge_part() { # judge_part I: every second checkpoint, student and GRPO round, 
       --n $STUDENT_N --base "$RUN/base" --base-run "$RUN/eval/base"
   done
 }
-say "evaluation on held-out problems"
-beside judge1 judge_part 1
-judge_part 0
+say "the GRPO rounds on held-out problems"
+beside judge_grpo1 judge_grpo 1
+judge_grpo 0
 join
 
 say "figures"
 "$PYTHON" examples/arithmetic/figures.py --runs "$RUN" --output "$HERE/figures"
-echo "figures.sh: $(((SECONDS - BEGUN) / 60)) minutes, $(((SECONDS - OWN) / 60)) of them its own runs"
+echo "figures.sh: $(((SECONDS - BEGUN) / 60)) minutes, $(((SECONDS - BEGUN - OTHERS) / 60)) of them its own runs"

@@ -1241,9 +1241,12 @@ def load_checkpoint(
     from torch.distributed.checkpoint.state_dict import set_state_dict
 
     pointer = output / "checkpoints" / "last.json"
-    if not pointer.is_file():
+    names = [read_json(pointer)["folder"] if ranks.rank == 0 and pointer.is_file() else None]
+    if ranks.world_size > 1:  # a file system may show other nodes an older one
+        dist.broadcast_object_list(names, device=ranks.device)
+    if names[0] is None:
         return {}
-    folder = pointer.parent / read_json(pointer)["folder"]
+    folder = pointer.parent / names[0]
     if not (folder / ".metadata").is_file():
         raise UserError(f"{pointer}: names {folder.name}, which is gone or damaged; bring it back, "
                         "or start again in another --output")  # fmt: skip

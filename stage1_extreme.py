@@ -23,7 +23,7 @@ Writes  OUTPUT/ the teacher as a Hugging Face folder, args.json, metrics.jsonl (
 
 What is not known of the paper (2605.25582): its coefficients, the target of its MSE loss, its
 learning rates. A default comes from the source that its help text names, or is ours; what the
-arithmetic example uses stands in examples/arithmetic/run.sh.
+arithmetic example uses stands in run.sh and steps.sh of examples/arithmetic.
 
     python stage1_extreme.py --base M --rollouts D --loss ce --output T
     torchrun --nproc-per-node 8 -- stage1_extreme.py --base M --rollouts D --loss ce --output T
@@ -402,10 +402,10 @@ def main(args: Args) -> None:
             at = row.sequences  # batch[members]; a stand-in where the rank has no work
             policy_logprobs, entropy = row_logprobs(policy, row, temperature)
             behavior = to_device(behavior_logprobs[row.flat], ranks.device) * row.response_mask
-            per_response = (rewards, advantages, soft_values, group_means)  # order of LossInputs
+            of_responses = (rewards, advantages, soft_values, group_means)  # order of LossInputs
             x = LossInputs(
                 policy_logprobs, behavior, row.response_mask, row.sequence_ids,
-                *(to_device(v[at], ranks.device) for v in per_response), entropy,
+                *(to_device(v[at], ranks.device) for v in of_responses), entropy,
             )  # fmt: skip
             loss_sum, metrics = loss_function(x, previous=state.get("metrics", {}), **vars(args))
             loss = loss_sum / counts[unit] * bool(members)  # a rank without work adds nothing

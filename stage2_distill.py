@@ -27,7 +27,7 @@ Writes  OUTPUT/ the student as a Hugging Face folder, args.json, metrics.jsonl (
 
 What is not known of the paper (2605.25582): its trust-region rule and the pair of distillation
 objectives it compares. A default comes from the source that its help text names, or is ours; what
-the arithmetic example was tuned to stands in examples/arithmetic/run.sh.
+the arithmetic example was tuned to stands in run.sh and steps.sh of examples/arithmetic.
 
     python stage2_distill.py --base B --rollouts D --signals F --objective regression --output S
     torchrun --nproc-per-node 8 -- stage2_distill.py --base B --rollouts D --signals F --output S
@@ -78,7 +78,7 @@ class Args:
     signal_scale: float = 1.0
     """factor on the signal (lambda of G-OPD, whose scripts use 1 and 1.25)"""
     signal_clip: float = 2.0
-    """c, bound of the scaled signal, nats a token (the arithmetic example: 3 and 5)"""
+    """c, bound of the scaled signal, nats a token (the arithmetic example: 3 and 2.5)"""
     signal_floor: float = 0.0
     """scaled |signal| below this, nats a token, counts as 0 (the arithmetic example: 0.5 to 1.5)"""
     token_kl: float = 0.2

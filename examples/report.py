@@ -407,72 +407,86 @@ def compare(
 # Figures
 
 
+LABEL_ANGLES = np.deg2rad([20, -20, 160, 200, 60, -60, 120, 240, *range(0, 360, 10)])
+LABEL_RADII = (9, 20, 27, 34, 42, 50, 60, 70, 82, 95, 125, 160)  # points; beyond 12 there is a line
+OFFSETS = [(r * np.cos(a), r * np.sin(a)) for r in LABEL_RADII for a in LABEL_ANGLES]
+
+
+def is_far(offset: tuple[float, float]) -> bool:
+    """Whether a label needs a line to its point."""
+    return math.hypot(*offset) > 12
+
+
+def side(offset: tuple[float, float]) -> str:
+    """Which side of a label is nearest to its point."""
+    return "left" if offset[0] > 1 else "right" if offset[0] < -1 else "center"
+
+
+def search_places(
+    order: list[int], points: Array, sizes: Array, area: Bbox, marked: Array, texts: list[Bbox],
+    dots: float,
+) -> tuple[float, dict[int, tuple[float, float]]]:  # fmt: skip
+    """Offsets of the labels, one after the other, and the way from points to labels in all, 300
+    more for each whose line crosses something. Pixels; points, sizes [K, 2], marked [n, 4]."""
+    texts, lines, chosen, way = list(texts), [], {}, 0.0
+    marks = [Bbox([point - 7, point + 7]) for point in points]
+    for i in order:
+        others = marks[:i] + marks[i + 1 :] + texts
+        # In a crowd rather a crossing than a label on something, rather that than none.
+        for offset, strict in [*((o, True) for o in OFFSETS), *((o, False) for o in OFFSETS)]:
+            shift = {"left": 0.0, "center": 0.5, "right": 1.0}[side(offset)]
+            low = points[i] + np.array(offset) * dots - sizes[i] * (shift, 0.5)
+            box = Bbox([low, low + sizes[i]])
+            if not (area.contains(*box.min) and area.contains(*box.max)):
+                continue
+            if ((box.min < marked[:, 2:]) & (box.max > marked[:, :2])).all(1).any():
+                continue
+            line = [LinePath([points[i], low + sizes[i] / 2])] if is_far(offset) else []
+            if not strict or not (
+                any(a.intersects_path(b) for a in line for b in lines)
+                or any(a.intersects_bbox(b) for a in line for b in others)
+                or any(a.intersects_bbox(box) for a in lines)
+            ):
+                chosen[i], marked = offset, np.concatenate([marked, [box.extents]])
+                texts.append(box)
+                lines += line
+                way += math.hypot(*offset) + (0 if strict else 300)
+                break
+        else:
+            chosen[i] = (9.0, 0.0)
+            way += 1000
+    return way, chosen
+
+
 def place_labels(axes: Axes, labels: list[tuple[float, float, str, str]], obstacles: Array) -> None:
     """Writes each (x, y, text, colour) beside its point where nothing stands; obstacles [n, 2].
 
-    Texts that are there already stand too, with their lines; no line to a label crosses another
-    line, a label or a point. Of several orders that of the least way to the labels is kept."""
-    axes.figure.canvas.draw()  # fixes the transforms that the search below measures with
+    Texts that are there already stand too. Where there is room no line to a label crosses another,
+    a text or a point. Of several orders that of the least way to the labels is kept."""
+    axes.figure.canvas.draw()  # fixes the transforms that the search measures with
     renderer, dots = axes.figure.canvas.get_renderer(), axes.figure.dpi / 72
     points = axes.transData.transform([label[:2] for label in labels])
     pixels = np.concatenate([axes.transData.transform(obstacles), points])
-    standing = [Text.get_window_extent(text, renderer) for text in axes.texts]
+    texts = [Text.get_window_extent(text, renderer) for text in axes.texts]
     arrows = [arrow for text in axes.texts if (arrow := getattr(text, "arrow_patch", None))]
-    standing += [arrow.get_window_extent(renderer) for arrow in arrows]
-    fixed = [np.concatenate([pixels - 4, pixels + 4], 1), [box.extents for box in standing]]
-    fixed = np.concatenate([boxes for boxes in fixed if len(boxes)])  # [n, (x0, y0, x1, y1)]
-    marks = [Bbox([point - 7, point + 7]) for point in points]
-    angles = np.deg2rad([20, -20, 160, 200, 60, -60, 120, 240, *range(0, 360, 10)])
-    radii = (9, 20, 27, 34, 42, 50, 60, 70, 82, 95, 125, 160)
-    offsets = [(r * np.cos(a), r * np.sin(a)) for r in radii for a in angles]
+    standing = texts + [arrow.get_window_extent(renderer) for arrow in arrows]
+    marked = np.concatenate([np.concatenate([pixels - 4, pixels + 4], 1),
+                             *([box.extents] for box in standing)])  # fmt: skip
     sizes = []
     for _, _, text, _ in labels:
         measured = axes.text(0, 0, text, fontsize=8.5)
-        sizes.append(np.array(Text.get_window_extent(measured, renderer).size))
+        sizes.append(Text.get_window_extent(measured, renderer).size)
         measured.remove()
-
-    def side(dx: float) -> str:
-        return "left" if dx > 1 else "right" if dx < -1 else "center"
-
-    def is_far(dx: float, dy: float) -> bool:
-        return math.hypot(dx, dy) > 12  # and has a line
-
-    def search(order: list[int]) -> tuple[float, dict[int, tuple[float, float]]]:
-        taken, texts, lines, chosen, way = fixed, [], [], {}, 0.0
-        for i in order:
-            others = marks[:i] + marks[i + 1 :] + texts
-            # In a crowd rather a crossing than a label on something, rather that than none.
-            for (dx, dy), strict in [*((o, True) for o in offsets), *((o, False) for o in offsets)]:
-                shift = {"left": 0.0, "center": 0.5, "right": 1.0}[side(dx)]
-                low = points[i] + np.array([dx, dy]) * dots - sizes[i] * (shift, 0.5)
-                box = Bbox([low, low + sizes[i]])
-                if not (axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max)):
-                    continue
-                if ((box.min < taken[:, 2:]) & (box.max > taken[:, :2])).all(1).any():
-                    continue
-                line = [LinePath([points[i], low + sizes[i] / 2])] if is_far(dx, dy) else []
-                if not strict or not (
-                    any(a.intersects_path(b) for a in line for b in lines)
-                    or any(a.intersects_bbox(b) for a in line for b in others)
-                    or any(a.intersects_bbox(box) for a in lines)
-                ):
-                    chosen[i], taken = (dx, dy), np.concatenate([taken, [box.extents]])
-                    texts.append(box)
-                    lines += line
-                    way += math.hypot(dx, dy) + (0 if strict else 300)
-                    break
-            else:
-                chosen[i] = (9.0, 0.0)
-                way += 1000
-        return way, chosen
-
-    by = [range(len(labels)), *(np.lexsort(points.T[::-1]), np.lexsort(points.T))]
-    orders = [order for forth in by for order in (list(forth), list(forth)[::-1])]
-    _, chosen = min((search(order) for order in orders), key=lambda found: found[0])
+    forth = [range(len(labels)), np.lexsort(points.T[::-1]), np.lexsort(points.T)]
+    found = [
+        search_places(order, points, np.array(sizes), axes.bbox, marked, texts, dots)
+        for way in forth for order in (list(way), list(way)[::-1])
+    ]  # fmt: skip
+    _, chosen = min(found, key=lambda places: places[0])
     for i, (x, y, text, colour) in enumerate(labels):
-        line = {"arrowstyle": "-", "color": colour, "lw": 0.6} if is_far(*chosen[i]) else None
+        line = {"arrowstyle": "-", "color": colour, "lw": 0.6} if is_far(chosen[i]) else None
         note = axes.annotate(
-            text, (x, y), chosen[i], textcoords="offset points", ha=side(chosen[i][0]), va="center",
+            text, (x, y), chosen[i], textcoords="offset points", ha=side(chosen[i]), va="center",
             zorder=6, fontsize=8.5, color=colour, arrowprops=line,
         )  # fmt: skip
         note.set_in_layout(False)

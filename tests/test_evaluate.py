@@ -446,8 +446,11 @@ def test_base_on_another_device(enumerated, ranks, monkeypatch, tmp_path):
     expected = evaluate.measure_kl(evaluate.Args(**names, output=tmp_path / "a"), rollouts, ranks)
     other = torch.device("cpu", 0)  # not equal to "cpu": a device of its own here
     monkeypatch.setattr(evaluate, "base_device", lambda *_: other)
+    rows, make = [], evaluate.make_row
+    monkeypatch.setattr(evaluate, "make_row", lambda *a: rows.append(a[2]) or make(*a))
     arrays = evaluate.measure_kl(evaluate.Args(**names, output=tmp_path / "b"), rollouts, ranks)
     assert all(torch.equal(arrays[name], expected[name]) for name in arrays)
+    assert other in rows and ranks.device in rows  # each policy gets rows of its own device
     monkeypatch.undo()
 
     policy = common.Policy(common.load_lm(str(folder / "0"), torch.device("cpu"), torch.float32))

@@ -128,7 +128,7 @@ def test_what_was_run(seed: Path) -> None:
         "regression10": "regression", "pg10": "pg"
     }  # fmt: skip
     assert all(args["kl_budget"] == 10 for args in students.values())
-    # All is judged on the problems of rounds.sh, and every GRPO round of plateau.sh too.
+    # All is judged on the same held-out problems, and every GRPO round of plateau.sh too.
     problems = (seed / "eval/base/problems.jsonl").read_bytes()
     judged = [f.parent for f in (seed / "paper").rglob("problems.jsonl")]
     assert all((folder / "problems.jsonl").read_bytes() == problems for folder in judged)

@@ -25,9 +25,10 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "qwen3_4b"
 PROBLEMS, N = 4, 4
 
-# What Slurm does for the script, and no more: the command once for each node (of the same machine),
-# signals to the steps, host names. Like the real one, srun answers SIGTERM with a SIGKILL.
+# No GPU. And what Slurm does for the script, no more: the command once for each node (of the same
+# machine), signals to the steps, host names. Like srun itself, it answers SIGTERM with a SIGKILL.
 STAND_INS = {
+    "nvidia-smi": "exit 1\n",  # else rounds.sh asks torch for GPUs that are hidden from it
     "srun": """
 while [[ $1 == --* ]]; do
   case $1 in --nodes=*) nodes=${1#*=} ;; esac

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import atexit
 import functools
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,7 @@ import rounds
 import tiny
 import torch
 from safetensors.torch import load_file
-from scripts import finish, start
+from scripts import ROOT, finish, start
 
 import build_signals
 import common
@@ -249,6 +253,30 @@ def test_again_leaves_everything_as_it_is(two_rounds: Path, place: Path) -> None
     printed = finish(start(place, "rounds", ROUNDS="2"))
     assert models() == before and printed.count("complete; nothing to do") >= 8
     assert (two_rounds / "rounds/rounds.md").read_bytes() == text
+
+
+def test_an_error_in_front_ends_the_job_in_the_background(place: Path, tmp_path: Path) -> None:
+    script = """set -euo pipefail
+HERE=x; source examples/arithmetic/steps.sh
+job() { "$1" -c 'import time; open("%s", "w"); time.sleep(60); open("%s", "w")'; }
+beside log job %s
+while [ ! -e %s ]; do sleep 0.05; done
+pgrep -P $BESIDE
+false"""
+    begun, over = tmp_path / "begun", tmp_path / "over"
+    script %= (begun, over, sys.executable, begun)
+    settings = {"RUN": str(tmp_path / "run"), "ERPD_VENV": str(place / "venv"), "QUICK": "1"}
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=os.environ | settings,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    job = done.stdout.split()[-1]
+    for _ in range(100):  # it takes a moment to die
+        if not Path(f"/proc/{job}").exists():
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the job in the background lives")
+    assert begun.exists() and not over.exists()
 
 
 def test_plateau(two_rounds: Path, place: Path) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -770,8 +771,8 @@ def by_rounds(run: Path, script: str, judged_in: str, *steps: str) -> tuple[Arra
     for name in rounds_of(run / script, steps[-1]):
         here = run / script / name
         # Of the first round some or all are links to what run.sh made.
-        made = [(here / step).resolve().relative_to(run.resolve()) for step in ("rollouts", *steps)]
-        took = sum(spent.get(str(output), math.nan) for output in made)
+        made = [os.path.relpath((here / s).resolve(), run.resolve()) for s in ("rollouts", *steps)]
+        took = sum(spent.get(output, math.nan) for output in made)
         accuracy = value_of(run / judged_in / name, "accuracy")
         points.append((points[-1][0] + drawn(here), accuracy, points[-1][2] + took))
     return tuple(np.array(points).T)
@@ -821,14 +822,14 @@ def draw_samples(runs: Runs) -> Drawn:
             numbers[method] = {
                 "rollouts": spread(rollouts[:, 0]), "by_epoch": along(epochs, accuracy),
                 "best": spread(accuracy.max(1)), "last": spread(accuracy[:, -1]),
-                "seconds": along(epochs, took),
+                "seconds": along(epochs, took[timed]),
             }  # fmt: skip
         else:
             band(by_rollouts, rollouts.mean(0) / 1000, accuracy, colour, marker="o", ms=4)
             numbers[method] = {
                 "rollouts": along(range(shared), rollouts),
                 "by_round": along(range(shared), accuracy),
-                "seconds": along(range(shared), took),
+                "seconds": along(range(shared), took[timed]),
                 "rounds_of_each_seed": [len(accuracy) - 1 for _, accuracy, _ in points],
                 "last_of_each_seed": spread(accuracy[-1] for _, accuracy, _ in points),
             }

@@ -9,6 +9,7 @@
 #    judged on: a rule that stops at a bad draw must not make what comes next look good.
 # 2. From that policy, on the same fresh rollouts: the method (erpd), and as rivals one epoch of GRPO
 #    (grpo1), two epochs (grpo2_same), and a second round on rollouts of its own (grpo2_fresh).
+# All train on all of these rollouts: no round here draws more, or leaves problems out.
 # Interrupted, the same command goes on where it stopped. The student's settings were chosen on seed 0
 # for rounds.sh; nothing was tuned for what is done here.
 set -euo pipefail

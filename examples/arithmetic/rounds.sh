@@ -8,7 +8,7 @@
 # Every round: sample from its base, unlearn on that, signals base minus unlearned, student. Judged on
 # the same held-out problems, its KL from the very first base and from the base of its round. The
 # first round is the unlearned student of run.sh. Each later one draws twice the problems of the one
-# before and trains on those with both verdicts: about as many, as ever fewer responses are wrong.
+# before, 512 x 2^(k-1) in round k, and trains on those with both verdicts, as ever fewer are wrong.
 # Interrupted, the same command goes on where it stopped. The student's settings were chosen on seed 0
 # for one round, the lower rate of the later ones and the doubling on its third.
 set -euo pipefail
@@ -39,20 +39,20 @@ link "$JUDGED/round1" ../../eval/student_unlearned
 
 table=(--judged "$RUN/eval/base" "$JUDGED/round1") steps=()
 base=$RUN/students/unlearned
-judge_last=judge_first_student
+judge_last=(judge_first_student)
 for ((round = 2; round <= ROUNDS; round++)); do
   here=$HERE/round$round
   say "round $round; in the background its base is judged"
-  beside judge$((round - 1)) $judge_last
+  beside judge$((round - 1)) "${judge_last[@]}"
   problems round$round "$here/train.jsonl" $((TRAIN << (round - 1)))
   later_round "$here" "$base"
   join
   steps+=("round$round:round$((round - 1))") table+=("$JUDGED/round$round")
   base=$here/student
-  judge_last="judge_policy $base $JUDGED/round$round"
+  judge_last=(judge_policy "$base" "$JUDGED/round$round")
 done
 
 say "the last student on held-out problems"
-$judge_last
+"${judge_last[@]}"
 [ ${#steps[@]} = 0 ] || table+=(--step "${steps[@]}" --pair "${steps[@]}")
 "$PYTHON" examples/arithmetic/rounds.py --output "$HERE/rounds" "${table[@]}"

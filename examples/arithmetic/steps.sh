@@ -6,16 +6,17 @@ source tests/setup.sh
 
 SEED=${SEED:-0}
 RUN=${RUN:-runs/arithmetic/seed$SEED}
+RUN=${RUN#./} RUN=${RUN%/} # as Python writes it: two scripts name one policy alike
 if [ "${QUICK:-0}" = 1 ]; then KIND=quick; else KIND=full; fi
 # A full and a quick run share the name; the other one is kept aside and comes back when asked for.
-other=$(cat "$RUN/kind" 2>/dev/null || echo "$KIND")
-if [ "$other" != "$KIND" ]; then
+other=$(cat "$RUN/kind" 2>/dev/null || true)
+if [ "${other:=$KIND}" != "$KIND" ]; then
   mv "$RUN" "$RUN.$other"
   if [ -d "$RUN.$KIND" ]; then mv "$RUN.$KIND" "$RUN"; fi
 fi
 HERE=$RUN${HERE:+/$HERE}
 mkdir -p "$HERE/logs"
-echo "$KIND" > "$RUN/kind"
+[ -s "$RUN/kind" ] || echo "$KIND" > "$RUN/kind"
 
 if [ "$KIND" = quick ]; then
   BASE="--train 48 --test 64 --steps 150"
@@ -108,7 +109,9 @@ first_student() {
 }
 link() { # link NAME TARGET: what was made elsewhere, under a name of one's own
   mkdir -p "$(dirname "$1")"
-  [ -e "$1" ] || [ -L "$1" ] || ln -s "$2" "$1"
+  if [ -L "$1" ]; then return; fi
+  if [ -e "$1" ]; then echo "error: $1: of an older version; move it away" >&2; exit 2; fi
+  ln -s "$2" "$1"
 }
 judge() { # judge MODEL FOLDER PROBLEMS FLAGS...
   local model=$1 output=$2 problems=$3
@@ -129,6 +132,11 @@ judge_first_student() {
 # Two independent jobs at a time, one core each: one shows its progress, the other writes a log.
 ALONE=${OMP_NUM_THREADS:-2}
 export OMP_NUM_THREADS=$ALONE
+BESIDE=
+end_beside() { # what runs in the background hears no Ctrl-C, and an error in front ends the script alone
+  [ -z "$BESIDE" ] || kill $(pgrep -P "$BESIDE") "$BESIDE" 2> /dev/null || true
+}
+trap end_beside EXIT
 beside() { # beside LOGNAME JOB ARGUMENTS...: in the background
   local log=$HERE/logs/$1.log
   shift
@@ -138,7 +146,7 @@ beside() { # beside LOGNAME JOB ARGUMENTS...: in the background
 }
 join() { # waits for the job in the background
   export OMP_NUM_THREADS=$ALONE
-  wait "$BESIDE" && return
+  wait "$BESIDE" && BESIDE= && return
   echo "error: a step failed; the end of $BESIDE_LOG:" >&2
   tail -n 20 "$BESIDE_LOG" >&2
   exit 1

@@ -48,6 +48,7 @@ def main(args: Args) -> None:
         raise UserError(f"{args.rollouts}: of {n_problems} problems none has correct and wrong "
                         "responses; sample more")  # fmt: skip
     metadata = {"mixed_of": fingerprint(rollouts.path), "mixed_from_problems": n_problems}
+    print(f"{args.rollouts}: {n_problems} problems; kept those with both verdicts:")
     write_part(whole, chosen, args.output, metadata)
 
 

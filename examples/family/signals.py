@@ -97,6 +97,8 @@ class Args:
             require(self, "weights", lambda v: all(w > 0 for w in v), f"above 0 for {self.combine}")
         require(self, "clip power signal_clip token_kl", lambda v: v > 0, "above 0")
         require(self, "signal_floor targets_per_wrong", lambda v: v >= 0, "0 or more")
+        low_enough = f"at most --signal-clip {self.signal_clip:g}, else no target is left"
+        require(self, "signal_floor", lambda v: v <= self.signal_clip, low_enough)
         require(self, "alpha", lambda v: 0 < v <= 1, "above 0 and at most 1")
         require(self, "verdict_eps", lambda v: 0 <= v <= 1, "between 0 and 1")
 

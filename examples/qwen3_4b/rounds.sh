@@ -17,10 +17,10 @@ fail() {
 if nvidia-smi -L > /dev/null 2>&1; then
   for python in "$PYTHON" "$SAMPLER"; do # torch would go on, on the CPU
     "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
-      fail "$python: its torch sees none of the GPUs that nvidia-smi -L lists; a driver too old for its CUDA?"
+      fail "$python: its torch sees none of the GPUs that nvidia-smi -L lists: CUDA_VISIBLE_DEVICES, or a driver too old?"
   done
 fi
-[ $((GPUS % TENSOR_PARALLEL)) = 0 ] ||
+[ "$TENSOR_PARALLEL" -ge 1 ] && [ $((GPUS % TENSOR_PARALLEL)) = 0 ] ||
   fail "TENSOR_PARALLEL=$TENSOR_PARALLEL: must divide the $GPUS GPUs of a node"
 mkdir -p "$RUN"
 current=$(for name in $SETTINGS; do echo "$name=${!name}"; done)

@@ -14,7 +14,7 @@ PROMPT=${PROMPT:-'{problem} Please reason step by step, and put your final answe
 SAMPLING=${SAMPLING:-} # further flags of evaluate.py
 # card: an MSE teacher. ours: its target, beta, rate, epochs (the defaults of stage 1, but for epochs).
 TEACHER=${TEACHER:---loss mse --mse-target soft_value --beta 0.05 --learning-rate 1e-6 --epochs 4 --save-at 4}
-# card: the reference is an unlearned policy. ours: how it unlearns (as in examples/arithmetic/run.sh).
+# card: the reference is an unlearned policy. ours: how it unlearns (CE, a pass-rate prior taken out).
 UNLEARNED=${UNLEARNED:---loss ce --beta 0.5 --ce-prior --invert-rewards --learning-rate 1e-6 --epochs 2 --save-at 2}
 # ours: all of stage 2 (its defaults).
 STUDENT=${STUDENT:---objective regression --signal-scale 1 --signal-clip 2 --token-kl 0.2 --learning-rate 1e-6 --epochs 2}

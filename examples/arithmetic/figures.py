@@ -4,8 +4,8 @@
     band or bar   from the lowest seed to the highest
 
 Reads   RUNS/ as figures.sh leaves them, one folder a seed: paper/ (its own runs, judged), rounds/,
-        plateau/, online/, and of run.sh eval/, curve/, rollouts/, signals/. A figure for which a
-        seed lacks a file is left out, and the file named.
+        plateau/, online/, and of run.sh eval/, curve/, rollouts/, signals/. A seed that lacks a
+        file for a figure is left out of it, and the file named.
 Writes  OUTPUT/NAME.png, OUTPUT/numbers.json: what the text may quote, as {"mean", "sd", "n",
         "values"} over seeds (sd: of one seed, null).
 
@@ -883,19 +883,24 @@ def main(args: Args) -> None:
     args.check()
     numbers: dict[str, Any] = {}
     for name, draw in FIGURES.items():
-        try:
-            figure, numbers[name] = draw(args.runs)
-        except UserError as error:  # of a file that is missing or broken
-            plt.close("all")  # what was begun
-            print(f"left out: {name}.png: {error}")
+        runs = []
+        for run in args.runs:  # of those that have all it needs
+            try:
+                draw((run,))
+                runs.append(run)
+            except UserError as error:  # of a file that is missing or broken
+                print(f"{name}.png without {run.resolve().name}: {error}")
+            plt.close("all")  # also what was begun
+        if not runs:
             continue
+        figure, measured = draw(tuple(runs))
+        numbers[name] = {"runs": [run.resolve().name for run in runs]} | measured
         report.save_figure(figure, args.output / f"{name}.png")
     if not numbers:
         raise UserError(f"--runs {args.runs[0]}: nothing to draw from; run "
                         "examples/arithmetic/figures.sh")  # fmt: skip
-    numbers = {"runs": [run.resolve().name for run in args.runs]} | report.finite(numbers)
-    write_numbers(args.output / "numbers.json", numbers)
-    print(f"{len(numbers) - 1} figures of {len(args.runs)} seeds in {args.output}")
+    write_numbers(args.output / "numbers.json", report.finite(numbers))
+    print(f"{len(numbers)} figures in {args.output}, of {len(args.runs)} seeds at most")
 
 
 if __name__ == "__main__":

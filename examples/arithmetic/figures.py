@@ -192,7 +192,7 @@ def nats(axes: Axes, threshold: float = 1.0, floor: float | None = None) -> None
     ticks = [x for x in (*(-x for x in kept[::-1]), 0.0, *kept) if low <= x <= high]
     axes.set_yticks(ticks, [f"{x:g}" for x in ticks])
     axes.set_yticks([], minor=True)
-    axes.set_ylim(low, high)
+    axes.set_ylim(low, 1.4 * high if high > threshold else high)  # room for a marker at the top
 
 
 def name_lines(axes: Axes, names: dict[str, str]) -> None:
@@ -768,7 +768,10 @@ def rounds_of(run: Path, what: str) -> list[str]:
 def by_rounds(run: Path, script: str, judged_in: str, *steps: str) -> tuple[Array, ...]:
     """Rollouts drawn, accuracy and seconds after each round of a script, from the base -> [K]s."""
     spent, points = seconds(run), [(0.0, value_of(run / "eval/base", "accuracy"), 0.0)]
-    for name in rounds_of(run / script, steps[-1]):
+    names = rounds_of(run / script, steps[-1])
+    if not names:
+        raise UserError(f"{run / script}: no round")
+    for name in names:
         here = run / script / name
         # Of the first round some or all are links to what run.sh made.
         made = [os.path.relpath((here / s).resolve(), run.resolve()) for s in ("rollouts", *steps)]

@@ -799,10 +799,11 @@ def draw_samples(runs: Runs) -> Drawn:
         "grpo": lambda run: by_rounds(run, "plateau", "paper/judged", "policy"),
         "fixed": by_epochs,
     }  # fmt: skip
-    figure, ((by_rollouts, by_seconds),) = panels(1, 2, 3.8, sharey=True)
     numbers: dict[str, Any] = {"base": {"accuracy": spread(base_values(runs, "accuracy"))}}
     found = {method: [source(run) for run in runs] for method, source in sources.items()}
     timed = [i for i in range(len(runs)) if all(np.isfinite(p[i][2]).all() for p in found.values())]
+    figure, (row,) = panels(1, 2 if timed else 1, 3.8, sharey=True)
+    by_rollouts, by_seconds = row[0], row[-1]  # the latter is drawn on where a seed was timed
     for method, (_, colour) in METHODS.items():
         points = found[method]
         for i, (rollouts, accuracy, took) in enumerate(points):
@@ -840,13 +841,14 @@ def draw_samples(runs: Runs) -> Drawn:
             by_seconds.plot(took[timed].mean(0) / 60, accuracy[timed].mean(0), color=colour, lw=1.4,
                             marker="o", ms=4)  # fmt: skip
     by_rollouts.set(xlabel="rollouts drawn, thousands", ylabel="accuracy, held out", ylim=(0, 1.02))
-    by_seconds.set_xlabel("minutes of sampling, scoring and training")
     level(by_rollouts, base_values(runs, "accuracy"), "base")
     name_lines(by_rollouts, dict(METHODS.values()))
     if len(timed) < len(runs):  # a step was interrupted, or made elsewhere: see seconds.jsonl
         text = f"{len(timed)} of {len(runs)} seeds were timed throughout"
         print(f"samples.png: {text}")
-        by_seconds.set_title(text, fontsize=9)
+        by_seconds.set_title(text if timed else "", fontsize=9)
+    if timed:
+        by_seconds.set_xlabel("minutes of sampling, scoring and training")
     return figure, numbers
 
 

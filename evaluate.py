@@ -1297,8 +1297,7 @@ def measure_kl(args: Args, rollouts: Rollouts, ranks: Ranks) -> dict[str, Tensor
         for chosen in pack(lengths, args.micro_batch_tokens, 1)[0]:
             members = subset[chosen].tolist()
             row = make_row(rollouts, members, ranks.device)
-            same = elsewhere == ranks.device
-            theirs = row if same else make_row(rollouts, members, elsewhere)
+            theirs = row if elsewhere == ranks.device else make_row(rollouts, members, elsewhere)
             moved = (x.to(ranks.device) for x in base(theirs, lambda h, w: (h, w)))
             states = [*policy(row, lambda h, w: (h, w)), *moved]
             ids = row.sequence_ids[row.response_index]

@@ -791,6 +791,18 @@ def by_epochs(run: Path) -> tuple[Array, ...]:
     return np.full(len(epochs), drawn(run)), accuracy, start + epochs * took
 
 
+def draw_minutes(axes: Axes, found: dict[str, list[tuple[Array, ...]]], timed: list[int]) -> None:
+    """Accuracy by minutes, of the seeds that were timed throughout, and their mean."""
+    for method, (_, colour) in METHODS.items():
+        points = [found[method][i] for i in timed]
+        shared = min(len(accuracy) for _, accuracy, _ in points)
+        for _, accuracy, took in points:
+            axes.plot(took / 60, accuracy, color=colour, lw=0.6, alpha=0.5)
+        accuracy, took = (np.stack([p[i][:shared] for p in points]).mean(0) for i in (1, 2))
+        axes.plot(took / 60, accuracy, color=colour, marker="o", ms=4, lw=1.4)
+    axes.set_xlabel("minutes of sampling, scoring and training")
+
+
 def draw_samples(runs: Runs) -> Drawn:
     """Accuracy by rollouts drawn and by seconds: ERPD, on-policy GRPO, many epochs on one set."""
     sources = {
@@ -803,14 +815,13 @@ def draw_samples(runs: Runs) -> Drawn:
     found = {method: [source(run) for run in runs] for method, source in sources.items()}
     timed = [i for i in range(len(runs)) if all(np.isfinite(p[i][2]).all() for p in found.values())]
     figure, (row,) = panels(1, 2 if timed else 1, 3.8, sharey=True)
-    by_rollouts, by_seconds = row[0], row[-1]  # the latter is drawn on where a seed was timed
+    by_rollouts = row[0]
+    if timed:
+        draw_minutes(row[1], found, timed)
+    if len(timed) < len(runs):  # a step was interrupted, or made elsewhere: see seconds.jsonl
+        print(f"samples.png: minutes of {len(timed)} of {len(runs)} seeds")
     for method, (_, colour) in METHODS.items():
         points = found[method]
-        for i, (rollouts, accuracy, took) in enumerate(points):
-            if method != "fixed":
-                by_rollouts.plot(rollouts / 1000, accuracy, color=colour, lw=0.6, alpha=0.5)
-            if i in timed:
-                by_seconds.plot(took / 60, accuracy, color=colour, lw=0.6, alpha=0.5)
         # Rounds that all seeds have (the plateau comes when it comes).
         shared = min(len(accuracy) for _, accuracy, _ in points)
         rollouts, accuracy, took = (np.stack([p[i][:shared] for p in points]) for i in range(3))
@@ -829,6 +840,8 @@ def draw_samples(runs: Runs) -> Drawn:
                 "seconds": along(epochs, took[timed]),
             }  # fmt: skip
         else:
+            for drawn_so_far, reached, _ in points:  # each to its own end
+                by_rollouts.plot(drawn_so_far / 1000, reached, color=colour, lw=0.6, alpha=0.5)
             band(by_rollouts, rollouts.mean(0) / 1000, accuracy, colour, marker="o", ms=4)
             numbers[method] = {
                 "rollouts": along(range(shared), rollouts),
@@ -837,18 +850,9 @@ def draw_samples(runs: Runs) -> Drawn:
                 "rounds_of_each_seed": [len(accuracy) - 1 for _, accuracy, _ in points],
                 "last_of_each_seed": spread(accuracy[-1] for _, accuracy, _ in points),
             }
-        if timed:
-            by_seconds.plot(took[timed].mean(0) / 60, accuracy[timed].mean(0), color=colour, lw=1.4,
-                            marker="o", ms=4)  # fmt: skip
     by_rollouts.set(xlabel="rollouts drawn, thousands", ylabel="accuracy, held out", ylim=(0, 1.02))
     level(by_rollouts, base_values(runs, "accuracy"), "base")
     name_lines(by_rollouts, dict(METHODS.values()))
-    if len(timed) < len(runs):  # a step was interrupted, or made elsewhere: see seconds.jsonl
-        text = f"{len(timed)} of {len(runs)} seeds were timed throughout"
-        print(f"samples.png: {text}")
-        by_seconds.set_title(text if timed else "", fontsize=9)
-    if timed:
-        by_seconds.set_xlabel("minutes of sampling, scoring and training")
     return figure, numbers
 
 
@@ -884,21 +888,32 @@ def write_numbers(path: Path, numbers: dict[str, Any]) -> None:
         temporary.write_text(text + "\n")
 
 
+def complete(name: str, runs: Runs) -> Runs:
+    """The seeds that have all that a figure needs; says what the others lack."""
+    found = []
+    for run in runs:
+        try:
+            FIGURES[name]((run,))
+            found.append(run)
+        except UserError as error:  # of a file that is missing or broken
+            print(f"{name}.png without {run.resolve().name}: {error}")
+        plt.close("all")  # also what was begun
+    return tuple(found)
+
+
 def main(args: Args) -> None:
     args.check()
     numbers: dict[str, Any] = {}
     for name, draw in FIGURES.items():
-        runs = []
-        for run in args.runs:  # of those that have all it needs
-            try:
-                draw((run,))
-                runs.append(run)
-            except UserError as error:  # of a file that is missing or broken
-                print(f"{name}.png without {run.resolve().name}: {error}")
-            plt.close("all")  # also what was begun
-        if not runs:
-            continue
-        figure, measured = draw(tuple(runs))
+        runs = args.runs
+        try:
+            figure, measured = draw(runs)
+        except UserError:
+            plt.close("all")
+            runs = complete(name, args.runs)
+            if not runs:
+                continue
+            figure, measured = draw(runs)
         numbers[name] = {"runs": [run.resolve().name for run in runs]} | measured
         report.save_figure(figure, args.output / f"{name}.png")
     if not numbers:

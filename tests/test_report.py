@@ -21,12 +21,24 @@ import common
 SAMPLING = {"n": 8, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 128, "seed": 0}
 
 
-@pytest.mark.parametrize("n", (3, 4, 9))
-def test_labels_keep_off_each_other_and_their_lines_do_not_cross(n: int) -> None:
+def crowd(seed: int, n: int = 7) -> list[tuple[float, float]]:
+    """Points that many labels of other points want to stand on."""
+    random = np.random.default_rng(seed)
+    return list(zip(0.5 + random.normal(0, 0.03, n), 0.55 + random.normal(0, 0.03, n), strict=True))
+
+
+ROWS = {n: [(0.5 + 0.012 * i, 0.5 + 0.008 * (i % 3)) for i in range(n)] for n in (3, 4, 9)}
+# Of forty crowds those where each of the rules about lines, left out, is seen to be missing.
+CROWDS = {f"crowd{seed}": crowd(seed) for seed in (31, 39)}
+
+
+@pytest.mark.parametrize("points", (ROWS | CROWDS).values(), ids=[*map(str, ROWS), *CROWDS])
+def test_labels_keep_off_each_other_and_their_lines_do_not_cross(
+    points: list[tuple[float, float]],
+) -> None:
     """Points closer to each other than their labels are high, a curve beside them."""
     figure, axes = report.plt.subplots(figsize=(9, 6), dpi=150)
     axes.set(xlim=(0, 1), ylim=(0, 1))
-    points = [(0.5 + 0.012 * i, 0.5 + 0.008 * (i % 3)) for i in range(n)]
     labels = [(x, y, f"student: {i}", "black") for i, (x, y) in enumerate(points)]
     curve = np.stack([np.linspace(0, 1, 200), np.linspace(0.6, 0.52, 200)], 1)
     report.place_labels(axes, labels, curve)
@@ -36,7 +48,7 @@ def test_labels_keep_off_each_other_and_their_lines_do_not_cross(n: int) -> None
     for x, y in axes.transData.transform(np.concatenate([curve, points])):
         assert not any(box.contains(x, y) for box in boxes)
     report.plt.close(figure)
-    if n > 4:  # in a crowd lines may cross
+    if len(points) > 7:  # in so dense a row lines may cross
         return
     starts = axes.transData.transform(points)
     lines = {

@@ -1,5 +1,6 @@
 """benchmarks/training.py: it runs end to end on a tiny model and its table has the bars. Never a
-time. With TRL as the peer only where it is installed (tests/trl.sh)."""
+time. With TRL as the peer only where it is installed (tests/trl.sh). benchmarks/grading.py: what it
+says of the verdicts; sampling.py is in test_vllm.py, for it needs vLLM."""
 
 from __future__ import annotations
 
@@ -87,6 +88,20 @@ def test_without_trl_the_part_is_an_error(tmp_path):
     args = training.Args(part=("trl",), quick=True, output=tmp_path / "R.md", numbers=tmp_path)
     with pytest.raises(training.common.UserError, match="TRL is not installed"):
         training.main(args)
+
+
+def test_grading_in_small():
+    """Its exit code depends on times, which no test asserts; what it says of verdicts does not."""
+    script = Path(training.__file__).with_name("grading.py")
+    flags = ["--responses=48", "--rounds=1", "--length=200", "--bombs=2", "--grading-timeout=1"]
+    done = subprocess.run([sys.executable, str(script), *flags], capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert done.returncode in (0, 1) and lines[-1] == ("FAILED" if done.returncode else "ok"), done
+    speed = re.compile(r"(\S+) a problem: ours \d+, plain \d+ responses a CPU second, "
+                       r"ratio \d+\.\d+; 0 of 48 verdicts differ")  # fmt: skip
+    assert [speed.fullmatch(line)[1] for line in lines[:2]] == ["16", "1"]
+    assert re.fullmatch(r"2 bombs: \S+ s more than without; their own limits are 2\.0 s; "
+                        r"0 other verdicts changed", lines[2])  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -268,3 +269,18 @@ def test_a_model_vllm_refuses_is_the_users_error(folder):
     log.seek(0)
     message = log.read()
     assert "error: model" in message and "--max-new-tokens" in message
+
+
+def test_sampling_benchmark_in_small():
+    """Three lines with a ratio, whatever it is: both sides draw the same tokens."""
+    script = ROOT / "benchmarks" / "sampling.py"
+    done = subprocess.run(
+        [sys.executable, script, "--n=2", "--max-new-tokens=8", "--rounds=2"],
+        env=os.environ | ENVIRONMENT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-20000:]
+    drawn = re.findall(r"^round \d (bare|ours): ([\d,]+) tokens", done.stdout, re.M)
+    assert Counter(side for side, _ in drawn) == {"bare": 3, "ours": 3}
+    assert len({tokens for _, tokens in drawn}) == 1
+    ratios = re.findall(r"^(bare|evaluate).* tokens/s   ratio \d\.\d{3} ± ", done.stdout, re.M)
+    assert ratios == ["bare", "evaluate", "evaluate"]

@@ -119,8 +119,8 @@ def test_every_line_of_the_tables_is_a_command(
     monkeypatch.setattr(stage2_distill, "CLONES", clones)
     args, made = variants.Args(tmp_path / "seed1", seed=1), set()
     compare.numbers()
-    for part in variants.PARTS:
-        for wave in variants.waves(args, part):
+    for part, waves in variants.PARTS.items():
+        for wave in waves(variants.Commands(args)):
             finished = set()
             for chain in wave.values():
                 own = set()  # a chain sees what it has made, and what earlier waves have

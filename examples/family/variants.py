@@ -34,7 +34,7 @@ from collections import deque
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -212,9 +212,6 @@ CLONES = ("reverse_kl", "forward_kl", "jsd", "topk")  # of a teacher: no signal,
 BUDGET = "--kl-budget 2 --kl-budget-action rollback --kl-every 8"
 
 QUICK = ("ce_gentle", "mse_unlearned", "no_floor")  # what --quick makes: one variant of each factor
-PARTS = (
-    "data", "teachers", "objectives", "references", "signals", "trust", "stage2", "curves", "judge",
-)  # fmt: skip
 
 
 @dataclass
@@ -266,122 +263,156 @@ def factors() -> dict[str, dict[str, str]]:
     }
 
 
-def waves(args: Args, part: str) -> list[dict[str, Chain]]:
-    """Chains by name; those of a wave are independent of each other, and need the wave before."""
-    places = {"run": args.run, "base": args.run / "base", "stage1": args.run / "stage1",
-              "signals": args.run / "signals", "seed": args.seed}  # fmt: skip
+class Commands:
+    """The commands of a run from the lines of the tables. A method of PARTS returns its waves:
+    chains by name; those of a wave are independent of each other, and need the wave before."""
 
-    def command(script: str, *flags: str) -> list[str]:
-        return [script, *(word.format(**places) for word in merged(*flags))]
+    def __init__(self, args: Args) -> None:
+        self.quick, self.jobs = args.quick, args.jobs
+        self.places = {
+            "run": args.run, "base": args.run / "base", "stage1": args.run / "stage1",
+            "signals": args.run / "signals", "seed": args.seed,
+        }  # fmt: skip
 
-    def stage1(output: str, *flags: str) -> list[str]:
-        small = "--epochs 1 --save-at 1" if args.quick else ""
+    # Single commands
+
+    def command(self, script: str, *flags: str) -> list[str]:
+        return [script, *(word.format(**self.places) for word in merged(*flags))]
+
+    def train(self, output: str, *flags: str) -> list[str]:
+        small = "--epochs 1 --save-at 1" if self.quick else ""
         output = f"--output {{run}}/{output}"
-        return command("examples/family/stage1.py", DATA, output, *flags, small)
+        return self.command("examples/family/stage1.py", DATA, output, *flags, small)
 
-    def build(name: str, flags: str) -> list[str]:
+    def build(self, name: str, flags: str) -> list[str]:
         script = "build_signals.py" if "--teachers" in flags else "examples/family/signals.py"
         data = "--base {base} --rollouts {run}/rollouts"
-        return command(script, data, f"--output {{signals}}/{name}.safetensors", flags)
+        return self.command(script, data, f"--output {{signals}}/{name}.safetensors", flags)
 
-    def stage2(name: str, *flags: str) -> list[str]:
-        small = "--epochs 1" if args.quick else ""
+    def distil(self, name: str, *flags: str) -> list[str]:
+        small = "--epochs 1" if self.quick else ""
         output = f"--output {{run}}/students/{name}"
-        return command("examples/family/stage2.py", DATA, output, BUDGET, *flags, small)
+        return self.command("examples/family/stage2.py", DATA, output, BUDGET, *flags, small)
 
-    def student(name: str, signal: str, *flags: str) -> list[str]:
-        return stage2(name, f"--signals {{signals}}/{signal}.safetensors", *flags)
+    def student(self, name: str, signal: str, *flags: str) -> list[str]:
+        return self.distil(name, f"--signals {{signals}}/{signal}.safetensors", *flags)
 
-    def clone(name: str, teacher: str, flags: str) -> Chain:
+    # Chains of them
+
+    def clone(self, name: str, teacher: str, flags: str) -> Chain:
         settings = "--epochs 3 --learning-rate 2e-4"
         if name != "topk":
-            return [stage2(name, f"--teacher {{stage1}}/{teacher}", settings, flags)]
+            return [self.distil(name, f"--teacher {{stage1}}/{teacher}", settings, flags)]
         stored = "{run}/topk.safetensors"
-        score = command("examples/family/score_topk.py", "--rollouts {run}/rollouts --k 8",
-                        f"--teacher {{stage1}}/{teacher} --output {stored}")  # fmt: skip
-        return [score, stage2(name, f"--teacher {stored}", settings, flags)]
+        score = self.command("examples/family/score_topk.py", "--rollouts {run}/rollouts --k 8",
+                             f"--teacher {{stage1}}/{teacher} --output {stored}")  # fmt: skip
+        return [score, self.distil(name, f"--teacher {stored}", settings, flags)]
 
-    def crossfit() -> Chain:
+    def crossfit(self) -> Chain:
         """The default's reference trained on each half of the problems, used on the other."""
-        flags, chain = REFERENCES[DEFAULT_SIGNAL][DEFAULT_SIGNAL], []
+        flags = REFERENCES[DEFAULT_SIGNAL][DEFAULT_SIGNAL]
         split = "--rollouts {run}/rollouts --output {run}/crossfit"
-        chain = [command("examples/family/split_rollouts.py", split)]
-        chain += [stage1(f"crossfit/policy{i}", f"--rollouts {{run}}/crossfit/{i}", flags)
-                  for i in (0, 1)]  # fmt: skip
-        chain += [
-            command("build_signals.py", f"--base {{base}} --rollouts {{run}}/crossfit/{i}",
-                    f"--teachers {{base}} --references {{run}}/crossfit/policy{1 - i}",
-                    f"--output {{run}}/crossfit/signals{i}.safetensors")
-            for i in (0, 1)
-        ]  # fmt: skip
+        chain = [self.command("examples/family/split_rollouts.py", split)]
+        for i in (0, 1):
+            half = f"--rollouts {{run}}/crossfit/{i}"
+            chain.append(self.train(f"crossfit/policy{i}", half, flags))
+        for i in (0, 1):
+            half = f"--base {{base}} --rollouts {{run}}/crossfit/{i}"
+            policies = f"--teachers {{base}} --references {{run}}/crossfit/policy{1 - i}"
+            output = f"--output {{run}}/crossfit/signals{i}.safetensors"
+            chain.append(self.command("build_signals.py", half, policies, output))
         joined = (
             "--base {base} --rollouts {run}/rollouts --halves {run}/crossfit/0 {run}/crossfit/1 "
             "--signals {run}/crossfit/signals0.safetensors {run}/crossfit/signals1.safetensors "
             "--output {signals}/crossfit.safetensors"
         )
-        return [*chain, command("examples/family/join_signals.py", joined)]
+        return [*chain, self.command("examples/family/join_signals.py", joined)]
 
-    def judge(what: str, n: int) -> dict[str, Chain]:
+    def judge(self, what: str, n: int) -> dict[str, Chain]:
         flags = f"--run {{run}} --what {what} --n {n} --seed {{seed}} --base-run {{run}}/eval/base"
-        shards = [f"--shard {i}/{args.jobs}" for i in range(args.jobs)]
+        shards = [f"--shard {i}/{self.jobs}" for i in range(self.jobs)]
         script = "examples/arithmetic/judge.py"
-        return {f"{what}{i}": [command(script, flags, s)] for i, s in enumerate(shards)}
+        return {f"{what}{i}": [self.command(script, flags, s)] for i, s in enumerate(shards)}
 
-    def chosen(table: dict) -> dict:
-        return {k: v for k, v in table.items() if not args.quick or k in QUICK}
+    def chosen(self, table: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in table.items() if not self.quick or k in QUICK}
 
-    if part == "data":
+    # The parts
+
+    def data(self) -> list[dict[str, Chain]]:
         sampling = "--model {base} --max-new-tokens 128 --seed {seed}"
-        size = "--train 48 --test 64 --steps 150" if args.quick else ""
-        n, n_test = (4, 4) if args.quick else (16, 8)  # test: twice a student's, for the optimum
+        size = "--train 48 --test 64 --steps 150" if self.quick else ""
+        n, n_test = (4, 4) if self.quick else (16, 8)  # test: twice a student's, for the optimum
         script = "examples/arithmetic/make_base.py"
-        base = command(script, "--output {run} --seed {seed}", size)
+        base = self.command(script, "--output {run} --seed {seed}", size)
         flags = f"--problems {{run}}/train.jsonl --output {{run}}/rollouts --n {n}"
-        rollouts = command("evaluate.py", sampling, flags)
-        mark = command("examples/arithmetic/annotate.py", "--rollouts {run}/rollouts")
+        rollouts = self.command("evaluate.py", sampling, flags)
+        mark = self.command("examples/arithmetic/annotate.py", "--rollouts {run}/rollouts")
         flags = f"--problems {{run}}/test.jsonl --output {{run}}/eval/base --n {n_test}"
-        judged = command("evaluate.py", sampling, flags, "--base {base}")
+        judged = self.command("evaluate.py", sampling, flags, "--base {base}")
         return [{"base": [base]}, {"rollouts": [rollouts, mark], "base_judged": [judged]}]
-    if part == "teachers":
-        lines = chosen(OBJECTIVES).items()
-        return [{name: [stage1(f"stage1/{name}", TEACHER, flags)] for name, flags in lines}]
-    if part == "objectives":
+
+    def teachers(self) -> list[dict[str, Chain]]:
+        lines = self.chosen(OBJECTIVES).items()
+        return [{name: [self.train(f"stage1/{name}", TEACHER, flags)] for name, flags in lines}]
+
+    def objectives(self) -> list[dict[str, Chain]]:
         return [{
-            name: [build(name, f"--teachers {{stage1}}/{name} --references {{base}}"),
-                   build(f"scaled/{name}", f"--signals {{signals}}/{name}.safetensors {SCALED}"),
-                   student(name, f"scaled/{name}", STUDENT)]
-            for name in chosen(OBJECTIVES)
+            name: [
+                self.build(name, f"--teachers {{stage1}}/{name} --references {{base}}"),
+                self.build(f"scaled/{name}", f"--signals {{signals}}/{name}.safetensors {SCALED}"),
+                self.student(name, f"scaled/{name}", STUDENT),
+            ]
+            for name in self.chosen(OBJECTIVES)
         }]  # fmt: skip
-    if part == "references":
+
+    def references(self) -> list[dict[str, Chain]]:
         policies = {
-            first: [stage1(f"stage1/{name}", flags) for name, flags in chain.items()]
-            for first, chain in chosen(REFERENCES).items()
+            first: [self.train(f"stage1/{name}", flags) for name, flags in chain.items()]
+            for first, chain in self.chosen(REFERENCES).items()
         }
-        built = {name: line[0] for name, line in chosen(SIGNALS).items()}
+        built = {name: line[0] for name, line in self.chosen(SIGNALS).items()}
         if "crossfit" in built:
-            policies["crossfit"] = crossfit()
+            policies["crossfit"] = self.crossfit()
         if "memorised" in policies:
             few = "--rollouts {run}/rollouts --output {run}/few --share 0.0625"
-            split = command("examples/family/split_rollouts.py", few)
+            split = self.command("examples/family/split_rollouts.py", few)
             policies["memorised"] = [split, *policies["memorised"]]
-        of_policies = {k: [build(k, v)] for k, v in built.items() if "--teachers" in v}
-        of_signals = {k: [build(k, v)] for k, v in built.items() if "--signals" in v}
+        of_policies = {k: [self.build(k, v)] for k, v in built.items() if "--teachers" in v}
+        of_signals = {k: [self.build(k, v)] for k, v in built.items() if "--signals" in v}
         return [policies, of_policies, of_signals]
-    if part == "signals":
+
+    def signals(self) -> list[dict[str, Chain]]:
         return [{
-            name: [student(name, name, SIGNAL_STUDENT, flags)]
-            for name, (_, flags) in chosen(SIGNALS).items()
+            name: [self.student(name, name, SIGNAL_STUDENT, flags)]
+            for name, (_, flags) in self.chosen(SIGNALS).items()
         }]  # fmt: skip
-    if part in ("trust", "stage2"):
-        table = TRUST if part == "trust" else STAGE2
-        return [{
-            name: clone(name, source, flags) if name in CLONES else
-            [student(name, source, SIGNAL_STUDENT, SIGNALS[source][1], flags)]
-            for name, (source, flags) in chosen(table).items()
-        }]  # fmt: skip
-    if part == "curves":
-        return [judge("checkpoints", 2)]
-    return [judge("students", 2 if args.quick else 4)]
+
+    def trust(self) -> list[dict[str, Chain]]:
+        return [self.of_signal(TRUST)]
+
+    def stage2(self) -> list[dict[str, Chain]]:
+        return [self.of_signal(STAGE2)]
+
+    def of_signal(self, table: dict[str, tuple[str, str]]) -> dict[str, Chain]:
+        return {
+            name: self.clone(name, source, flags) if name in CLONES else
+            [self.student(name, source, SIGNAL_STUDENT, SIGNALS[source][1], flags)]
+            for name, (source, flags) in self.chosen(table).items()
+        }  # fmt: skip
+
+    def curves(self) -> list[dict[str, Chain]]:
+        return [self.judge("checkpoints", 2)]
+
+    def judged(self) -> list[dict[str, Chain]]:
+        return [self.judge("students", 2 if self.quick else 4)]
+
+
+PARTS = {
+    "data": Commands.data, "teachers": Commands.teachers, "objectives": Commands.objectives,
+    "references": Commands.references, "signals": Commands.signals, "trust": Commands.trust,
+    "stage2": Commands.stage2, "curves": Commands.curves, "judge": Commands.judged,
+}  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------
@@ -468,7 +499,8 @@ def main(args: Args) -> None:
     for part in PARTS if args.part == "all" else (args.part,):
         start = time.monotonic()
         print(f"== {part}", flush=True)
-        failed = [name for wave in waves(args, part) for name in run_chains(wave, args, part)]
+        waves = PARTS[part](Commands(args))
+        failed = [name for wave in waves for name in run_chains(wave, args, part)]
         seconds, times = time.monotonic() - start, args.run / "seconds.json"
         spent = common.read_json(times) if times.is_file() else {}
         common.write_json(times, spent | {part: spent.get(part, 0) + seconds})

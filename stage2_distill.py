@@ -518,12 +518,12 @@ def main(args: Args) -> None:
             state["kl_coef"] = values["kl_coef"] = next_kl_coef(args, state["kl_coef"], spent)
             skipped = {"skipped": state["skipped"]} if state["skipped"] else {}
             bar.set_postfix(kl_proxy=f"{spent:.3f}", **skipped, refresh=False)
-            budget = math.inf if args.kl_budget is None else args.kl_budget
-            within_budget = math.isfinite(spent) and spent <= budget
+            kl_budget = math.inf if args.kl_budget is None else args.kl_budget
+            within_budget = math.isfinite(spent) and spent <= kl_budget
             if not within_budget:
                 # To the last policy within the budget.
                 good = load_checkpoint(args.output, policy, optimizer, ranks)["step"]
-                ranks.print(f"step {step}: KL proxy of {spent:.3f} nats, budget {budget}; "
+                ranks.print(f"step {step}: KL proxy of {spent:.3f} nats, budget {kl_budget}; "
                             f"back to the checkpoint of step {good}")  # fmt: skip
                 state["learning_rate_factor"] /= 2
         done = {"step": step, "epoch": step / steps_per_epoch, "learning_rate": learning_rate}

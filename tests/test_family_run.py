@@ -57,6 +57,17 @@ def test_run_and_its_comparison(seed: Path, capsys: pytest.CaptureFixture[str]) 
         accuracy = common.read_json(seed / f"eval/student_{name}/metrics.json")["metrics"]
         row = next(line for line in text.splitlines() if f" | {name} | " in line)
         assert f"| {accuracy['accuracy'][0]:.3f} |" in row and row in printed
+    # The default beside itself: nothing; another: the difference of the two accuracies.
+    cells = {name: next(line for line in text.splitlines() if f" | {name} | " in line).split(" | ")
+             for name in ("mse_unlearned", "no_floor")}  # fmt: skip
+    column = text[text.index("| # |") :].splitlines()[0].split(" | ").index("minus the default")
+    assert cells["mse_unlearned"][column : column + 2] == ["", ""]
+    difference, above, slash, below = cells["no_floor"][column].split()
+    expected = float(cells["no_floor"][2]) - float(cells["mse_unlearned"][2])
+    assert float(difference) == pytest.approx(expected, abs=0.0011)
+    assert (above, slash, below) in [("(0", "/", "0)"), ("(1", "/", "0)"), ("(0", "/", "1)")]
+    expected = float(cells["no_floor"][4]) - float(cells["mse_unlearned"][4])
+    assert float(cells["no_floor"][column + 1]) == pytest.approx(expected, abs=0.011)
     assert "| grpo | not made |" in text  # the variants that --quick leaves out
     assert "| ce_gentle | " in text.split("own early-stopping curve")[1]
     for figure in ("accuracy_kl", "efficiency"):

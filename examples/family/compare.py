@@ -2,9 +2,10 @@
 
     students     accuracy, pass@k, KL, its efficiency, entropy; how well the signal tells right from
                  wrong; found: the share of the first wrong tokens that stage 2 is asked to lower,
-                 guilty: the share of all tokens it is asked to lower that are first wrong ones; and
-                 accuracy minus the best that any objective has at the student's KL when
-                 it is stopped early (whichever objective that is: in favour of early stopping)
+                 guilty: the share of all tokens it is asked to lower that are first wrong ones;
+                 accuracy minus the best that any objective has at the student's KL when it is
+                 stopped early (whichever objective that is: in favour of early stopping); and
+                 accuracy and KL minus those of the default on the same problems
     objectives   the teacher's end, and its student against *its own* early-stopping curve at equal
                  KL: paired bootstrap over problems (examples/report.py)
 
@@ -158,12 +159,16 @@ def load_seed(run: Path, args: Args) -> Seed:
     names = [name for name in variants.OBJECTIVES if name in paths]
     curves = {name: [base, *paths[name].values()] for name in names}
     students, own, rollouts = {}, {}, common.load_rollouts(run / "rollouts")
+    default = evaluations.get(f"student_{variants.DEFAULT_SIGNAL}")
     for name in (name for table in variants.factors().values() for name in table):
         student = evaluations.get(f"student_{name}")
         if student is None:
             continue
         row = measured(student)
         row["gain"] = row["accuracy"] - best_stopped(student, curves)
+        if default is not None and student is not default:
+            row["against"] = report.compare_with_policy(student, default, args.resamples, args.seed)
+            row["against"]["kl_difference"] = row["kl"] - measured(default)["kl"]
         signal = run / "signals" / f"{signal_of(name)}.json"
         diagnostics = common.read_json(signal) if signal.is_file() else {}
         row |= {key: diagnostics.get(key) for key in ("auc", "credit_auc")}
@@ -208,11 +213,29 @@ def reason(name: str, seeds: list[Seed]) -> str:
     return "; ".join(sorted(text.replace("|", "/") for text in said))
 
 
+def beside_zero(intervals: list[list[float | None]]) -> tuple[int, int]:
+    """How many intervals lie above 0, and how many below."""
+    above = sum(low is not None and low > 0 for low, _ in intervals)
+    below = sum(high is not None and high < 0 for _, high in intervals)
+    return above, below
+
+
+def against_default(found: list[Row]) -> list[str]:
+    """Cells: accuracy minus the default's with the intervals beside 0, and KL minus its KL."""
+    rows = [row["against"] for row in found if "against" in row]
+    if not rows:
+        return ["", ""]
+    above, below = beside_zero([row["accuracy_difference_ci"] for row in rows])
+    accuracy = spread([row["accuracy_difference"] for row in rows], "{:+.3f}")
+    kl = spread([row["kl_difference"] for row in rows], "{:+.2f}")
+    return [f"{accuracy} ({above} / {below})", kl]
+
+
 def students_table(seeds: list[Seed]) -> list[str]:
     """All students, factor by factor."""
     head = ["#", "variant", "accuracy", "pass@4", "KL, nats", "KL efficiency", "entropy",
-            "AUC", "credit AUC", "found", "guilty", "minus best early stop at its KL", "seeds",
-            "flags"]  # fmt: skip
+            "AUC", "credit AUC", "found", "guilty", "minus best early stop at its KL",
+            "minus the default", "KL minus its KL", "seeds", "flags"]  # fmt: skip
     columns = {"accuracy": "{:.3f}", "pass": "{:.3f}", "kl": "{:.2f}", "efficiency": "{:.2f}",
                "entropy": "{:.3f}", "auc": "{:.3f}", "credit_auc": "{:.3f}", "found": "{:.2f}",
                "guilty": "{:.2f}", "gain": "{:+.3f}"}  # fmt: skip
@@ -220,7 +243,7 @@ def students_table(seeds: list[Seed]) -> list[str]:
     base = [measured(seed.base) for seed in seeds]
     cells = [spread([row[k] for row in base], columns[k]) for k in ("accuracy", "pass")]
     rows.append(["", "base", *cells, "0", "n/a", spread([row["entropy"] for row in base]),
-                 *[""] * 5, str(len(seeds)), ""])  # fmt: skip
+                 *[""] * 7, str(len(seeds)), ""])  # fmt: skip
     for factor, lines in variants.factors().items():
         rows.append(["", f"**{TITLES[factor]}**", *[""] * (len(head) - 2)])
         for name, flags in lines.items():
@@ -231,7 +254,8 @@ def students_table(seeds: list[Seed]) -> list[str]:
                 cells = [missing, *[""] * (len(columns) - 1)]
             elif missing:
                 made = f"{made} ({missing})"
-            rows.append([str(number[name]), name, *cells, made, f"`{flags}`"])
+            rows.append([str(number[name]), name, *cells, *against_default(found), made,
+                         f"`{flags}`"])  # fmt: skip
     return table(head, rows)
 
 
@@ -247,9 +271,7 @@ def own_curve_table(seeds: list[Seed]) -> list[str]:
         if not ends or not own:
             rows.append([name, reason(name, seeds) or "no curve", *[""] * (len(head) - 2)])
             continue
-        ends_of = [row["accuracy_difference_ci"] for row in own]
-        above = sum(low is not None and low > 0 for low, _ in ends_of)
-        below = sum(high is not None and high < 0 for _, high in ends_of)
+        above, below = beside_zero([row["accuracy_difference_ci"] for row in own])
         ratio = spread([row["kl_ratio"] for row in own], "{:.2f}")
         if never := sum(row["kl_ratio"] is None for row in own):
             ratio = f"{ratio}; never reached in {never}" if never < len(own) else "never reached"
@@ -434,7 +456,9 @@ def page(seeds: list[Seed], args: Args) -> str:
         "share of the first wrong tokens that stage 2 is asked to lower. *Guilty*: share of the "
         "tokens it is asked to lower that are first wrong ones. *Minus best "
         "early stop*: accuracy minus the best that any of the objectives has at this KL when it is "
-        "stopped early (picked after the fact, which favours it).",
+        "stopped early (picked after the fact, which favours it). *Minus the default*: accuracy "
+        "minus that of the default on the same problems; in brackets the seeds in which the 95 % "
+        "interval (paired bootstrap over problems) lies above 0 / below 0.",
         "",
         f"![Accuracy against KL]({stem}_accuracy_kl.png)",
         "",

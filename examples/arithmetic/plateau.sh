@@ -81,8 +81,8 @@ say "evaluation on held-out problems"
 judge_policy "$HERE/grpo/checkpoints/epoch-001.000" "$JUDGED/grpo1"
 judge_policy "$HERE/grpo" "$JUDGED/grpo2_same"
 judge_policy "$HERE/grpo2_fresh" "$JUDGED/grpo2_fresh"
-names="plateau erpd grpo1 grpo2_same grpo2_fresh"
+ways="erpd grpo1 grpo2_same grpo2_fresh"
 "$PYTHON" examples/arithmetic/rounds.py --output "$HERE/plateau" \
-  --judged "$RUN/eval/base" $(printf "$JUDGED/%s " $names) \
-  --step $(printf '%s:plateau ' erpd grpo1 grpo2_same grpo2_fresh) \
-  --pair $(printf 'erpd:%s ' plateau grpo1 grpo2_same grpo2_fresh) grpo2_fresh:plateau
+  --judged "$RUN/eval/base" "$JUDGED/plateau" $(printf "$JUDGED/%s " $ways) \
+  --step $(printf '%s:plateau ' $ways) --pair $(printf '%s:plateau ' $ways) \
+  $(printf 'erpd:%s ' ${ways#erpd})

@@ -497,7 +497,7 @@ def draw_objectives(runs: Runs) -> Drawn:
     bases = [report.load_evaluation(run / "eval/base", "base") for run in runs]
     figure, ((near, efficiency_axes, kl_axes),) = panels(1, 3, 3.8, width_ratios=(2, 1, 1))
     numbers: dict[str, Any] = {"base": {"accuracy": spread(base_values(runs, "accuracy"))}}
-    labels, lines, largest = [], [], 0.1
+    largest = 0.1
     for objective, (colour, marker) in OBJECTIVES.items():
         values = np.array([
             [[value_of(run / f"paper/eval/student_{objective}{budget}", key) for key in keys]
@@ -506,7 +506,6 @@ def draw_objectives(runs: Runs) -> Drawn:
         ])  # fmt: skip  # [R, budgets, 3]
         mean = values.mean(0)
         near.plot(mean[:, 1], mean[:, 0], color=colour, lw=1)
-        lines.append(mean[:, 1::-1])
         for place, budget in enumerate(budgets(runs[0])):
             accuracy, kl, efficiency = values[:, place].T
             near.errorbar(
@@ -515,7 +514,9 @@ def draw_objectives(runs: Runs) -> Drawn:
                 [[kl.mean() - kl.min()], [kl.max() - kl.mean()]],
                 color=colour, fmt=marker, ms=5, lw=1, zorder=5,
             )  # fmt: skip
-            labels.append((kl.mean(), accuracy.mean(), budget, colour))
+            if objective == "pg":  # the other stands beside it
+                near.annotate(budget, (kl.mean(), accuracy.min()), (4, -9), fontsize=8.5,
+                              color=GREY, textcoords="offset points")  # fmt: skip
             bars(efficiency_axes, place, np.nan_to_num(efficiency), colour, fmt=marker)
             bars(kl_axes, place, kl, colour, fmt=marker)
             numbers[f"{objective}{budget}"] = {
@@ -524,8 +525,8 @@ def draw_objectives(runs: Runs) -> Drawn:
         largest = max(largest, values[:, :, 1].max())
     near.set(xlim=(0, 1.25 * largest), ylim=(0.9 * base_values(runs, "accuracy").min(), 1.06),
              xlabel="KL from the base, nats a response", ylabel="accuracy, held out")  # fmt: skip
-    obstacles = [limits(near, bases, largest), *lines]
-    near.set_title("labels: the budget, nats of the proxy", fontsize=9)
+    limits(near, bases, largest)
+    near.set_title("grey: the budget, nats of the proxy", fontsize=9)
     efficiency_axes.set_title("KL efficiency", fontsize=9)
     efficiency_axes.set_ylim(0, 1)
     kl_axes.set_title("KL; dotted: the budget", fontsize=9)
@@ -537,7 +538,6 @@ def draw_objectives(runs: Runs) -> Drawn:
                  marker="_", ms=14, lw=0.9)  # fmt: skip
     kl_axes.set_ylim(bottom=0)
     name_lines(efficiency_axes, {name: colour for name, (colour, _) in OBJECTIVES.items()})
-    report.place_labels(near, labels, np.concatenate(obstacles))
     return figure, numbers
 
 
@@ -803,6 +803,19 @@ def draw_minutes(axes: Axes, found: dict[str, list[tuple[Array, ...]]], timed: l
     axes.set_xlabel("minutes of sampling, scoring and training")
 
 
+def scale_by_odds(axes: Axes, values: Array) -> None:
+    """A vertical axis on which halving the errors is as much at 0.98 as at 0.6."""
+    inside = values[(values > 0) & (values < 1)]
+    low, high = (0.1, 0.9) if inside.size == 0 else (inside.min(), inside.max())
+    low, high = low / (1.2 - 0.2 * low), (1 + high) / 2
+    ticks = [t for t in (0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99,
+                         0.995) if low <= t <= high]  # fmt: skip
+    axes.set_yscale("logit")
+    axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    axes.set_yticks([], minor=True)
+    axes.set_ylim(low, high)
+
+
 def draw_samples(runs: Runs) -> Drawn:
     """Accuracy by rollouts drawn and by seconds: ERPD, on-policy GRPO, many epochs on one set."""
     sources = {
@@ -829,10 +842,11 @@ def draw_samples(runs: Runs) -> Drawn:
             x = rollouts[0, 0] / 1000
             bars(by_rollouts, x, accuracy.max(1), colour, fmt="^", ms=6)
             bars(by_rollouts, x, accuracy[:, -1], colour, fmt="v", ms=6)
-            ends = ((accuracy.max(1), "best epoch", 5), (accuracy[:, -1], "last epoch", -5))
-            for values, text, up in ends:
-                by_rollouts.annotate(text, (x, values.mean()), (7, up), color=colour, fontsize=8,
-                                     textcoords="offset points", va="center")  # fmt: skip
+            by_rollouts.annotate(
+                "best and last epoch", (x, accuracy[:, -1].mean()), (25, -44), color=colour,
+                textcoords="offset points", fontsize=8, va="center",
+                arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6},
+            )  # fmt: skip
             epochs = judged(runs, "grpo", "accuracy")[0]
             numbers[method] = {
                 "rollouts": spread(rollouts[:, 0]), "by_epoch": along(epochs, accuracy),
@@ -850,7 +864,9 @@ def draw_samples(runs: Runs) -> Drawn:
                 "rounds_of_each_seed": [len(accuracy) - 1 for _, accuracy, _ in points],
                 "last_of_each_seed": spread(accuracy[-1] for _, accuracy, _ in points),
             }
-    by_rollouts.set(xlabel="rollouts drawn, thousands", ylabel="accuracy, held out", ylim=(0, 1.02))
+    by_rollouts.set(xlabel="rollouts drawn, thousands", ylabel="accuracy, held out")
+    reached = np.concatenate([accuracy for points in found.values() for _, accuracy, _ in points])
+    scale_by_odds(by_rollouts, reached)
     level(by_rollouts, base_values(runs, "accuracy"), "base")
     name_lines(by_rollouts, dict(METHODS.values()))
     return figure, numbers

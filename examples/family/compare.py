@@ -51,7 +51,7 @@ TITLES = {
     "trust region": "trust region of stage 2 (signal: the default)",
     "stage 2": "objective of stage 2 (signal or cloned teacher: the first word of the flags)",
 }
-NEAR = 1.2  # nats: the right half of the first figure
+NEAR = (0.3, 1.0)  # nats, of the right half of the first figure: where most students lie
 Row = dict[str, Any]
 
 
@@ -342,7 +342,7 @@ def draw_curves(axes: Axes, seeds: list[Seed]) -> None:
 
 def figure_accuracy_kl(seeds: list[Seed]) -> Figure:
     """All students (means, deviation over seeds), the curves, the bound and the optimum: once over
-    all KLs, once near the base."""
+    all KLs, once where most students lie, by number."""
     figure, both = plt.subplots(1, 2, figsize=(13, 6), layout="constrained")
     pooled = replace(
         seeds[0].base,
@@ -350,7 +350,7 @@ def figure_accuracy_kl(seeds: list[Seed]) -> Figure:
         count=np.concatenate([seed.base.count for seed in seeds]),
     )
     ends = [measured(e)["kl"] for s in seeds for path in s.curves.values() for e in path[1:]]
-    largest = max([NEAR, *(row["kl"] for s in seeds for row in s.students.values()), *ends])
+    largest = max([NEAR[1], *(row["kl"] for s in seeds for row in s.students.values()), *ends])
     number, labels = numbers(), []
     start = average([measured(seed.base) for seed in seeds], "accuracy")[0]
     for axes in both:
@@ -361,8 +361,8 @@ def figure_accuracy_kl(seeds: list[Seed]) -> Figure:
             axes.set_xticks(ticks, [f"{t:g}" for t in ticks], minor=False)
             axes.set_xticks([], minor=True)
         else:
-            axes.set_xlim(-0.02, NEAR)
-        axes.set_ylim(-0.03 if axes is both[0] else start - 0.05, 1.06)
+            axes.set_xlim(*NEAR)
+        axes.set_ylim(-0.03 if axes is both[0] else (2 * start + 1) / 3, 1.06)
         obstacles = report.draw_limits(axes, pooled, largest)
         draw_curves(axes, seeds)
         for factor, lines in variants.factors().items():
@@ -372,8 +372,9 @@ def figure_accuracy_kl(seeds: list[Seed]) -> Figure:
                 if not rows or not np.isfinite(kl):
                     continue
                 axes.errorbar(kl, accuracy, sd, kl_sd, fmt="o", color=COLOURS[factor], ms=5,
-                              mec="white", mew=0.6, elinewidth=0.8, zorder=5)  # fmt: skip
-                if axes is both[1] and kl < NEAR:
+                              ecolor=(COLOURS[factor], 0.5), mec="white", mew=0.6, elinewidth=0.8,
+                              zorder=5)  # fmt: skip
+                if axes is both[1] and NEAR[0] < kl < NEAR[1] and accuracy > axes.get_ylim()[0]:
                     labels.append((kl, accuracy, str(number[name]), COLOURS[factor]))
         axes.set_xlabel("KL(policy || base), nats a response")
         axes.grid(alpha=0.25, lw=0.5)

@@ -51,24 +51,30 @@ class Args:
     """seconds that one of them may take"""
 
 
-def expression(rng: random.Random) -> str:
-    """An answer as the sets of the field have them: three in five are integers."""
+def expression(rng: random.Random) -> tuple[str, str]:
+    """An answer as the sets of the field have them, three in five are integers; another form."""
     a, b, c = rng.randint(2, 999), rng.randint(2, 40), rng.randint(2, 30)
-    forms = [str(a)] * 9 + [rf"\frac{{{a}}}{{{b}}}", rf"{b}\sqrt{{{c}}}", rf"({b}, {c})",
-                            rf"{b}x + {c}", rf"2^{{{c}}}", rf"{a}.{b}"]  # fmt: skip
+    integer = (str(a), f"{a}.0")
+    forms = [integer] * 9 + [
+        (rf"\frac{{{a}}}{{{b}}}", rf"\dfrac{{{2 * a}}}{{{2 * b}}}"),
+        (rf"{b}\sqrt{{{c}}}", rf"\sqrt{{{b * b * c}}}"), (f"({b}, {c})", f"({b}.0,{c})"),
+        (f"{b}x + {c}", f"{c} + {b}x"), (f"2^{{{c}}}", str(2**c)), (f"{a}.{b}", f"{a}.{b}0"),
+    ]  # fmt: skip
     return rng.choice(forms)
 
 
 def ordinary(n: int, samples: int, length: int, seed: int) -> list[tuple[str, str]]:
-    """n (gold, response text): `samples` to a problem, half of them right."""
+    """n (gold, response text): `samples` to a problem, half of them right, of these a third in
+    another form than the gold."""
     rng = random.Random(seed)
     words = r"so we have $x = 3$ , then \frac{1}{2} of the rest is $n + 1$ and 12 remain ."
     made = []
     while len(made) < n:
-        gold = expression(rng)
-        usual = [expression(rng) for _ in range(4)]  # the mistakes of a policy repeat
+        gold, other_form = expression(rng)
+        usual = [expression(rng)[0] for _ in range(4)]  # the mistakes of a policy repeat
         for _ in range(samples):
-            answer = gold if rng.random() < 0.5 else rng.choice(usual)
+            right = other_form if rng.random() < 1 / 3 else gold
+            answer = right if rng.random() < 0.5 else rng.choice(usual)
             text = " ".join(rng.choices(words.split(), k=length // 5))
             made.append((gold, f"<think>{text}</think> The answer is \\boxed{{{answer}}}."))
     return made[:n]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import compare
 import pytest
+import report
 import tyro
 import variants
 
@@ -57,21 +59,32 @@ def test_run_and_its_comparison(seed: Path, capsys: pytest.CaptureFixture[str]) 
         accuracy = common.read_json(seed / f"eval/student_{name}/metrics.json")["metrics"]
         row = next(line for line in text.splitlines() if f" | {name} | " in line)
         assert f"| {accuracy['accuracy'][0]:.3f} |" in row and row in printed
-    # The default beside itself: nothing; another: the difference of the two accuracies.
-    cells = {name: next(line for line in text.splitlines() if f" | {name} | " in line).split(" | ")
-             for name in ("mse_unlearned", "no_floor")}  # fmt: skip
     column = text[text.index("| # |") :].splitlines()[0].split(" | ").index("minus the default")
-    assert cells["mse_unlearned"][column : column + 2] == ["", ""]
-    difference, above, slash, below = cells["no_floor"][column].split()
-    expected = float(cells["no_floor"][2]) - float(cells["mse_unlearned"][2])
-    assert float(difference) == pytest.approx(expected, abs=0.0011)
-    assert (above, slash, below) in [("(0", "/", "0)"), ("(1", "/", "0)"), ("(0", "/", "1)")]
-    expected = float(cells["no_floor"][4]) - float(cells["mse_unlearned"][4])
-    assert float(cells["no_floor"][column + 1]) == pytest.approx(expected, abs=0.011)
+    default = next(line for line in text.splitlines() if " | mse_unlearned | " in line)
+    assert default.split(" | ")[column : column + 2] == ["", ""]  # beside itself: nothing
     assert "| grpo | not made |" in text  # the variants that --quick leaves out
     assert "| ce_gentle | " in text.split("own early-stopping curve")[1]
     for figure in ("accuracy_kl", "efficiency"):
         assert (seed.parent / f"results_{figure}.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("right", "beside_zero"), [(1, "(1 / 0)"), (0, "(0 / 1)")])
+def test_minus_the_default(
+    seed: Path, monkeypatch: pytest.MonkeyPatch, right: int, beside_zero: str
+) -> None:
+    """Of a student that is always right, or never: the signs, and the side that is counted."""
+    evaluations, paths = report.load_run(seed)
+    student, default = (evaluations[f"student_{n}"] for n in ("no_floor", "mse_unlearned"))
+    assert 0 < default.correct.sum() < default.count.sum()
+    evaluations[student.name] = dataclasses.replace(student, correct=student.count * right)
+    monkeypatch.setattr(report, "load_run", lambda run: (evaluations, paths))
+    row = compare.load_seed(seed, compare.Args((seed,), resamples=100)).students["no_floor"]
+    accuracy = right - default.correct.sum() / default.count.sum()
+    kl, its_kl = (e.summary["metrics"]["kl"][0] for e in (student, default))
+    assert abs(kl - its_kl) > 0.01, "alike: no sign to be seen"
+    expected = [f"{accuracy:+.3f} {beside_zero}", f"{kl - its_kl:+.2f}"]
+    assert compare.against_default([row]) == expected
+    assert compare.against_default([row, {}])[0] == expected[0]  # a seed without a default
 
 
 def test_blame_equals_brute_force(seed: Path) -> None:

@@ -801,34 +801,43 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-s
 # tests/test_report.py computes the contrast of these colours.
 STYLE = """
 :root { color-scheme: light dark;
-  --text: #1b1f24; --back: #ffffff; --line: #d5d9de; --soft: #f5f6f8; --blue: 80,165,225; --red: 235,140,60 }
+  --text: #1b1f24; --back: #ffffff; --line: #d5d9de; --soft: #f5f6f8;
+  --blue: 80,165,225; --red: 235,140,60 }
 @media (prefers-color-scheme: dark) {
-  :root { --text: #e4e7ea; --back: #14171a; --line: #3a4047; --soft: #1e2226; --blue: 20,95,160; --red: 165,70,10 }
+  :root { --text: #e4e7ea; --back: #14171a; --line: #3a4047; --soft: #1e2226;
+    --blue: 20,95,160; --red: 165,70,10 }
   img { filter: invert(.92) hue-rotate(180deg) brightness(1.25) }
 }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back); max-width: 1080px;
-  margin: 2rem auto; padding: 0 1rem 6rem }
-h1 { font-size: 1.5rem } h2 { margin-top: 2.4rem; font-size: 1.2rem } h3 { margin: 2rem 0 0; font: 600 1rem ui-monospace, monospace }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back);
+  max-width: 1080px; margin: 2rem auto; padding: 0 1rem 6rem }
+h1 { font-size: 1.5rem } h2 { margin-top: 2.4rem; font-size: 1.2rem }
+h3 { margin: 2rem 0 0; font: 600 1rem ui-monospace, monospace }
 h4 { margin: .8rem 0 .2rem; font-weight: 600 } h3, b { overflow-wrap: anywhere }
 .lead { font-size: 1.08rem; border-left: 4px solid rgb(var(--red)); padding-left: .9rem }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
-th, td { padding: .28rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
-th:first-child, td:first-child, .t { text-align: left } .t:last-child { white-space: normal; min-width: 15rem }
-tr.student td { background: var(--soft); font-weight: 600 } tr.student .t:last-child { font-weight: 400 }
-small { opacity: .8; font-weight: 400 } figure { margin: 1rem 0 } img { max-width: 100%; border-radius: 6px }
+th, td { padding: .28rem .7rem; text-align: right; border-bottom: 1px solid var(--line);
+  white-space: nowrap }
+th:first-child, td:first-child, .t { text-align: left }
+.t:last-child { white-space: normal; min-width: 15rem }
+tr.student td { background: var(--soft); font-weight: 600 }
+tr.student .t:last-child { font-weight: 400 }
+small { opacity: .8; font-weight: 400 }
+figure { margin: 1rem 0 } img { max-width: 100%; border-radius: 6px }
 figcaption { font-size: .88rem; opacity: .85 } summary { cursor: pointer; margin: .6rem 0 }
-.signals { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); gap: .6rem 1rem }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.9 ui-monospace, monospace; margin: 0;
-  background: var(--soft); padding: .5rem .7rem; border-radius: 6px }
+.signals { display: grid; gap: .6rem 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)) }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.9 ui-monospace, monospace;
+  margin: 0; background: var(--soft); padding: .5rem .7rem; border-radius: 6px }
 pre span { cursor: pointer }
 .c { background: rgba(var(--blue), var(--s)) } .b { background: rgba(var(--red), var(--s)) }
 .w { outline: 2px solid var(--text); border-radius: 2px; margin: 0 2px } .w::before { content: "▸" }
 .x { box-shadow: 0 3px var(--text) }
-#tip { position: fixed; inset: auto 0 0; max-height: 40vh; overflow: auto; white-space: pre-wrap; padding: .5rem 1rem;
-  font: 13px/1.5 ui-monospace, monospace; background: var(--back); border-top: 2px solid var(--line) }
+#tip { position: fixed; inset: auto 0 0; max-height: 40vh; overflow: auto;
+  white-space: pre-wrap; padding: .5rem 1rem; font: 13px/1.5 ui-monospace, monospace;
+  background: var(--back); border-top: 2px solid var(--line) }
 #tip:empty { display: none }
-"""  # noqa: E501
+"""
 
 # Shows what stands in the titles of a token, under every signal: titles need a mouse and patience.
 SCRIPT = """
@@ -840,16 +849,19 @@ function choose(token) {
   chosen.forEach(t => t.classList.remove("x"));
   chosen = [...token.closest(".signals").querySelectorAll("pre")].map(pre => pre.children[place]);
   chosen.forEach(t => t.classList.add("x"));
-  document.getElementById("tip").textContent = chosen.map(t =>
-    t.closest("div").querySelector("b").textContent + ": " + t.title.replaceAll("\\n", "  ")).join("\\n");
+  const said = t =>
+    t.closest("div").querySelector("b").textContent + ": " + t.title.replaceAll("\\n", "  ");
+  document.getElementById("tip").textContent = chosen.map(said).join("\\n");
 }
 for (const kind of ["click", "mouseover"])
   document.addEventListener(kind, e => { if (all.includes(e.target)) choose(e.target) });
 document.addEventListener("keydown", e => {
   const step = {ArrowRight: 1, ArrowLeft: -1}[e.key];
-  if (step && all[current + step]) { choose(all[current + step]); all[current].scrollIntoView({block: "nearest"}) }
+  if (!step || !all[current + step]) return;
+  choose(all[current + step]);
+  all[current].scrollIntoView({block: "nearest"});
 });
-"""  # noqa: E501
+"""
 
 
 def number(value: float | None, error: float | None = None, digits: int = 3, sign: str = "") -> str:

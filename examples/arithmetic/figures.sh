@@ -77,8 +77,8 @@ beside constraint reuse_constraint_and_pg
 mse_recovery_and_regression
 join
 
-# All on the same held-out problems, judged from the same base; the teachers of run.sh that the figures
-# follow by epoch too.
+# All on the same held-out problems, judged from the same base; the teachers of run.sh that the
+# figures follow by epoch too.
 link "$HERE/base" ../base
 link "$HERE/test.jsonl" ../test.jsonl
 for teacher in ce sapo; do link "$HERE/stage1/$teacher" "../../stage1/$teacher"; done
@@ -109,4 +109,5 @@ join
 
 say "figures"
 "$PYTHON" examples/arithmetic/figures.py --runs "$RUN" --output "$HERE/figures"
-echo "figures.sh: $(((SECONDS - BEGUN) / 60)) minutes, $(((SECONDS - BEGUN - OTHERS) / 60)) of them its own runs"
+minutes=$(((SECONDS - BEGUN) / 60)) own=$(((SECONDS - BEGUN - OTHERS) / 60))
+echo "figures.sh: $minutes minutes, $own of them its own runs"

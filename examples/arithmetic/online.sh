@@ -7,9 +7,9 @@
 # Both start with one epoch on the base's rollouts. Then, after every epoch, online samples from the
 # student (the same problems), has the same teacher and reference score that, and goes on from the
 # student (--init); targets, ratios and KL stay against the base. Offline goes on with what it has:
-# it is the unlearned student of run.sh, and online takes as many epochs.
-# Interrupted, the same command goes on where it stopped. The student's settings were chosen on seed 0
-# for one round; nothing was tuned for what is done here.
+# it is the unlearned student of run.sh, and online takes as many epochs. Interrupted, the same
+# command goes on where it stopped. The student's settings were chosen on seed 0 for one round;
+# nothing was tuned for what is done here.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 HERE=online

@@ -4,14 +4,14 @@
 #   bash examples/arithmetic/plateau.sh           # runs/arithmetic/seed0/plateau/plateau.md, .json
 #   SEED=1 or QUICK=1 as in run.sh
 #
-# 1. GRPO rounds: fresh problems, fresh rollouts, one epoch; until accuracy on watched problems gained
-#    no more than 0.01 in two rounds, or MAX_ROUNDS. The watched problems are neither trained nor
-#    judged on: a rule that stops at a bad draw must not make what comes next look good.
-# 2. From that policy, on the same fresh rollouts: the method (erpd), and as rivals one epoch of GRPO
-#    (grpo1), two epochs (grpo2_same), and a second round on rollouts of its own (grpo2_fresh).
-# All train on all of these rollouts: no round here draws more, or leaves problems out.
-# Interrupted, the same command goes on where it stopped. The student's settings were chosen on seed 0
-# for rounds.sh; nothing was tuned for what is done here.
+# 1. GRPO rounds: fresh problems, fresh rollouts, one epoch; until accuracy on watched problems
+#    gained no more than 0.01 in two rounds, or MAX_ROUNDS. The watched problems are neither trained
+#    nor judged on: a rule that stops at a bad draw must not make what comes next look good.
+# 2. From that policy, on the same fresh rollouts: the method (erpd), and as rivals one epoch of
+#    GRPO (grpo1), two epochs (grpo2_same), and a second round on rollouts of its own (grpo2_fresh).
+# All train on all of these rollouts: no round here draws more, or leaves problems out. Interrupted,
+# the same command goes on where it stopped. The student's settings were chosen on seed 0 for
+# rounds.sh; nothing was tuned for what is done here.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 HERE=plateau
@@ -62,8 +62,8 @@ say "after $((round - 1)) GRPO rounds: $verdict"
 by_the_method() {
   unlearn "$policy" "$here/rollouts" "$HERE/unlearned"
   signals "$policy" "$here/rollouts" "$HERE/unlearned" "$HERE/signals.safetensors"
-  student "$policy" "$here/rollouts" "$HERE/signals.safetensors" "$HERE/erpd" --epochs $STUDENT_EPOCHS \
-    $LATER
+  student "$policy" "$here/rollouts" "$HERE/signals.safetensors" "$HERE/erpd" \
+    --epochs $STUDENT_EPOCHS $LATER
   judge_base "$RUN/eval" "$RUN/test.jsonl"
   judge_policy "$policy" "$JUDGED/plateau"
   judge_policy "$HERE/erpd" "$JUDGED/erpd"

@@ -5,12 +5,12 @@
 #   ROUNDS=5 bash examples/arithmetic/rounds.sh     # goes on from three
 #   SEED=1 or QUICK=1 as in run.sh
 #
-# Every round: sample from its base, unlearn on that, signals base minus unlearned, student. Judged on
-# the same held-out problems, its KL from the very first base and from the base of its round. The
+# Every round: sample from its base, unlearn on that, signals base minus unlearned, student. Judged
+# on the same held-out problems, its KL from the very first base and from the base of its round. The
 # first round is the unlearned student of run.sh. Each later one draws twice the problems of the one
 # before, 512 x 2^(k-1) in round k, and trains on those with both verdicts, as ever fewer are wrong.
-# Interrupted, the same command goes on where it stopped. The student's settings were chosen on seed 0
-# for one round, the lower rate of the later ones and the doubling on its third.
+# Interrupted, the same command goes on where it stopped. The student's settings were chosen on seed
+# 0 for one round, the lower rate of the later ones and the doubling on its third.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 HERE=rounds

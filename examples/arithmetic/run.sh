@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The whole method on the embedded default: two cores, no GPU, a quarter of an hour after installation.
+# The whole method on the embedded default: two cores, no GPU, a quarter of an hour once installed.
 #
 #   bash examples/arithmetic/run.sh              # runs/arithmetic/seed0: summary.json, report.html
-#   SEED=1 bash examples/arithmetic/run.sh       # fresh problems, another base: runs/arithmetic/seed1
+#   SEED=1 bash examples/arithmetic/run.sh     # fresh problems, another base: runs/arithmetic/seed1
 #   QUICK=1 bash examples/arithmetic/run.sh      # every step in small, under two minutes
 #
 # Interrupted, the same command goes on where it stopped. Every setting below was tuned on seed 0.
@@ -22,14 +22,14 @@ else
   ORDINARY="--epochs 3 --save-at 0.5 1 2 3"
 fi
 # Stage 1. ce: the published beta, weak enough to go far past its best. sapo: a rate that ruins it.
-# Beside them the unlearned policy of steps.sh, which learns inverted verdicts. Rivals, to be beaten at
-# equal KL: ordinary clipped GRPO, and a CE bound enough to be stopped early.
+# Beside them the unlearned policy of steps.sh, which learns inverted verdicts. Rivals, to be beaten
+# at equal KL: ordinary clipped GRPO, and a CE bound enough to be stopped early.
 CE="--loss ce --beta 0.05 --learning-rate 1e-4 $CE"
 SAPO="--loss sapo --learning-rate 3e-4 $SAPO"
 ORDINARY="$GRPO $ORDINARY"
 GENTLE="--loss ce --beta 0.5 --learning-rate 2e-4 $GENTLE"
-# Stage 2. The ruined teacher blames much that is not guilty: few tokens pass floor and token-kl. The
-# unlearned policy, never pushed far, is clean and faint: its signal is scaled up (steps.sh).
+# Stage 2. The ruined teacher blames much that is not guilty: few tokens pass floor and token-kl.
+# The unlearned policy, never pushed far, is clean and faint: its signal is scaled up (steps.sh).
 STRONG="--signal-clip 3 --signal-floor 0.5 --token-kl 0.2 --learning-rate 2e-4"
 RUINED="--signal-clip 3 --signal-floor 1.5 --token-kl 0.15 --learning-rate 2e-4"
 
@@ -59,7 +59,7 @@ ruined_ordinary_and_unlearned() {
   stage1 grpo $ORDINARY
   first_signals
 }
-say "stage 1: a strong teacher and its gentle rival; in the background a ruined one, GRPO, an unlearned"
+say "stage 1: a strong teacher, its gentle rival; in the background the ruined, GRPO, the unlearned"
 beside stage1 ruined_ordinary_and_unlearned
 extreme_and_gentle
 join

@@ -1,7 +1,7 @@
-# What run.sh, rounds.sh, plateau.sh, online.sh and figures.sh share: run folder, settings, the steps
-# as functions. They source it from the repository root, HERE set to the name of their own subfolder
-# (run.sh has none). What several of them need is made by whichever comes first: the base, its
-# rollouts, the first student, the base's evaluation.
+# What run.sh, rounds.sh, plateau.sh, online.sh and figures.sh share: run folder, settings, the
+# steps as functions. They source it from the repository root, HERE set to the name of their own
+# subfolder (run.sh has none). What several of them need is made by whichever comes first: the base,
+# its rollouts, the first student, the base's evaluation.
 source tests/setup.sh
 
 SEED=${SEED:-0}
@@ -28,22 +28,22 @@ else
   QUICKLY=""
   UNLEARN_RATE=2e-4 STUDENT_RATE=3e-4 LATER_RATE=1e-4 GRPO_RATE=2e-4 UNLEARN_EPOCHS=3
 fi
-# The best signal found on seed 0 (docs/family.md): base minus a policy that learnt inverted verdicts by
-# MSE, its scale such that 1.35 tokens are blamed for each wrong response: the first round's is about
-# 8, and later ones, in which few responses are wrong, do not drown in what is not. Beside it the
-# ordinary method.
+# The best signal found on seed 0 (docs/family.md): base minus a policy that learnt inverted
+# verdicts by MSE, its scale such that 1.35 tokens are blamed for each wrong response: the first
+# round's is about 8, and later ones, in which few responses are wrong, do not drown in what is not.
+# Beside it the ordinary method.
 UNLEARN="--loss mse --beta 0.3 --invert-rewards --learning-rate $UNLEARN_RATE $QUICKLY"
 UNLEARN="$UNLEARN --epochs $UNLEARN_EPOCHS"
 BOUNDS="--signal-clip 2.5 --signal-floor 1.5 --token-kl 0.5"
 STUDENT="--signal-scale 1 $BOUNDS --learning-rate $STUDENT_RATE $QUICKLY"
-# From a base that is nearly always right few tokens have a target, and AdamW makes full steps of any
-# gradient: at the first rate the third student of seed 0 moved 0.09 nats and gained nothing.
+# From a base that is nearly always right few tokens have a target, and AdamW makes full steps of
+# any gradient: at the first rate the third student of seed 0 moved 0.09 nats and gained nothing.
 LATER="--learning-rate $LATER_RATE"
 GRPO="--loss grpo --learning-rate $GRPO_RATE $QUICKLY"
 SAMPLE="--max-new-tokens 128 --seed $SEED"
 
 say() { printf '\n== %s\n' "$1"; }
-timed() { # timed OUTPUT COMMAND...: its seconds into HERE/seconds.jsonl, unless some of it was there
+timed() { # timed OUTPUT COMMAND...: its seconds into HERE/seconds.jsonl, unless some was there
   local output=$1 begun=$SECONDS new=1
   shift
   [ ! -e "$output" ] || new=0
@@ -133,7 +133,7 @@ judge_first_student() {
 ALONE=${OMP_NUM_THREADS:-2}
 export OMP_NUM_THREADS=$ALONE
 BESIDE=
-end_beside() { # what runs in the background hears no Ctrl-C, and an error in front ends the script alone
+end_beside() { # the background hears no Ctrl-C, and an error in front ends the script alone
   [ -z "$BESIDE" ] || kill $(pgrep -P "$BESIDE") "$BESIDE" 2> /dev/null || true
 }
 trap end_beside EXIT

@@ -8,7 +8,7 @@
 export PYTHON SAMPLER GPUS NODES TENSOR_PARALLEL PYTHONUNBUFFERED=1
 
 fail() {
-  echo "error: $1" >&2
+  echo "error: $*" >&2
   exit 2
 }
 
@@ -17,7 +17,8 @@ fail() {
 if nvidia-smi -L > /dev/null 2>&1; then
   for python in "$PYTHON" "$SAMPLER"; do # torch would go on, on the CPU
     "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
-      fail "$python: its torch sees none of the GPUs that nvidia-smi -L lists: CUDA_VISIBLE_DEVICES, or a driver too old?"
+      fail "$python: its torch sees none of the GPUs that nvidia-smi -L lists:" \
+        "CUDA_VISIBLE_DEVICES, or a driver too old?"
   done
 fi
 [ "$TENSOR_PARALLEL" -ge 1 ] && [ $((GPUS % TENSOR_PARALLEL)) = 0 ] ||

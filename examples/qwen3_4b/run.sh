@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The paper's setting on one node of 8 GPUs: 1,000 Polaris problems x 16 rollouts a round, three rounds.
-# Not measured: nothing here has run on a GPU. settings.sh says which values are the authors'.
+# The paper's setting on one node of 8 GPUs: 1,000 Polaris problems x 16 rollouts a round, three
+# rounds. Not measured: nothing here has run on a GPU. settings.sh says which values are the
+# authors'.
 #
 #   bash examples/qwen3_4b/setup.sh              # once
 #   bash examples/qwen3_4b/run.sh                # runs/qwen3_4b/round1 ... round3, judged/

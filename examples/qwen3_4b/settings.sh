@@ -1,4 +1,4 @@
-# Every setting of this example: an environment variable with a default. Sourced by the other scripts.
+# The settings of this example: environment variables with defaults, sourced by the other scripts.
 #
 #   card   the authors' model card of Qwen3.5-9B-ERPD-003 (a larger model than this one) says so
 #   ours   chosen by us, because no source that we could read says; not measured at this size
@@ -6,21 +6,25 @@
 # What a policy is made of (a change needs another RUN):
 MODEL=${MODEL:-Qwen/Qwen3-4B-Thinking-2507} # base of round 1 (ours: the 4B thinking model)
 PROBLEMS=${PROBLEMS:-polaris}               # card: Polaris; any --problems of evaluate.py
-LIMIT=${LIMIT:-1000}                        # card: problems a round (ours: drawn anew for each round)
+LIMIT=${LIMIT:-1000}                        # card: problems a round (ours: drawn anew for each)
 N=${N:-16}                                  # card: rollouts a problem
 ENGINE=${ENGINE:-vllm}                      # ours; hf where there is no vLLM
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-32768}     # ours
-PROMPT=${PROMPT:-'{problem} Please reason step by step, and put your final answer within \boxed{}.'} # ours
+# ours
+PROMPT=${PROMPT:-'{problem} Please reason step by step, and put your final answer within \boxed{}.'}
 SAMPLING=${SAMPLING:-} # further flags of evaluate.py
-# card: an MSE teacher. ours: its target, beta, rate, epochs (the defaults of stage 1, but for epochs).
-TEACHER=${TEACHER:---loss mse --mse-target soft_value --beta 0.05 --learning-rate 1e-6 --epochs 4 --save-at 4}
-# card: the reference is an unlearned policy. ours: how it unlearns (CE, a pass-rate prior taken out).
-UNLEARNED=${UNLEARNED:---loss ce --beta 0.5 --ce-prior --invert-rewards --learning-rate 1e-6 --epochs 2 --save-at 2}
+# card: an MSE teacher. ours: target, beta, rate, epochs (the defaults of stage 1, but for epochs).
+teacher="--loss mse --mse-target soft_value --beta 0.05 --learning-rate 1e-6 --epochs 4 --save-at 4"
+TEACHER=${TEACHER:-$teacher}
+# card: the reference is an unlearned policy. ours: how it unlearns (CE, without pass-rate prior).
+unlearned="--loss ce --beta 0.5 --ce-prior --invert-rewards --learning-rate 1e-6 --epochs 2"
+UNLEARNED=${UNLEARNED:-$unlearned --save-at 2}
 # ours: all of stage 2 (its defaults).
-STUDENT=${STUDENT:---objective regression --signal-scale 1 --signal-clip 2 --token-kl 0.2 --learning-rate 1e-6 --epochs 2}
+student="--objective regression --signal-scale 1 --signal-clip 2 --token-kl 0.2"
+STUDENT=${STUDENT:-$student --learning-rate 1e-6 --epochs 2}
 SETTINGS="MODEL PROBLEMS LIMIT N ENGINE MAX_NEW_TOKENS PROMPT SAMPLING TEACHER UNLEARNED STUDENT"
 
-# What it is judged on: HMMT Feb 25 (card), samples a problem and on how many the KL is measured (ours).
+# What it is judged on: HMMT Feb 25 (card); samples a problem, and how many for the KL (ours).
 TEST=${TEST-hmmt-feb25} # empty: nothing is judged
 TEST_N=${TEST_N:-32}
 KL_SAMPLES=${KL_SAMPLES:-240}
@@ -29,12 +33,12 @@ KL_SAMPLES=${KL_SAMPLES:-240}
 RUN=${RUN:-runs/qwen3_4b}
 ROUNDS=${ROUNDS:-3}
 GPUS=${GPUS:-8} # on each node
-TENSOR_PARALLEL=${TENSOR_PARALLEL:-1} # GPUs that sample with one copy, where a model needs more than one
-SHARD_SIZE=${SHARD_SIZE:-$GPUS}       # on several nodes: GPUs that train one copy, where it needs more than a node
+TENSOR_PARALLEL=${TENSOR_PARALLEL:-1} # GPUs that sample with one copy, where it needs more than one
+SHARD_SIZE=${SHARD_SIZE:-$GPUS} # GPUs that train one copy: more than a node, where it needs that
 # Memory and speed, never the objective (docs/scaling.md): for GPUs of 80 GB.
 MEMORY=${MEMORY---micro-batch-tokens 32768 --activation-checkpointing --defer-gradient-sync}
 SCORING=${SCORING---micro-batch-tokens 65536}
-SHUTDOWN=${SHUTDOWN:-600} # seconds that torchrun gives its ranks to save after SIGTERM; its own default: 30
+SHUTDOWN=${SHUTDOWN:-600} # seconds in which ranks save after SIGTERM; torchrun's default: 30
 # Two environments, made by setup.sh: vLLM leaves no room for the trainer's pins.
 PYTHON=${PYTHON:-.venv/bin/python}
 SAMPLER=${SAMPLER:-.venv-cuda/bin/python}

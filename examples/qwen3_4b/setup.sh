@@ -8,7 +8,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source examples/qwen3_4b/settings.sh
 (source tests/setup.sh)
 if [ "$ENGINE" = vllm ]; then
-  (ERPD_VENV=${ERPD_CUDA_VENV:-.venv-cuda} erpd_requirements=requirements-cuda.txt; source tests/setup.sh)
+  (
+    ERPD_VENV=${ERPD_CUDA_VENV:-.venv-cuda} erpd_requirements=requirements-cuda.txt
+    source tests/setup.sh
+  )
 fi
 "$PYTHON" - "$MODEL" "$PROBLEMS" "$TEST" <<'FETCH'
 import sys

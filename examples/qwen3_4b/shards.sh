@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# One evaluate.py for each GPU of this node (or for each TENSOR_PARALLEL of them), each with its shard.
-# Called by rounds.sh once on each node:
+# One evaluate.py for each GPU of this node (or for each TENSOR_PARALLEL of them), each with its
+# shard. Called by rounds.sh once on each node:
 #
 #   bash examples/qwen3_4b/shards.sh LOGS ARGUMENTS OF evaluate.py
 set -euo pipefail
 logs=$1
 shift
 node=0
-[ "${NODES:-1}" = 1 ] || node=$SLURM_NODEID # set by srun; of no meaning where one node was asked for
+[ "${NODES:-1}" = 1 ] || node=$SLURM_NODEID # set by srun; means nothing on one node
 IFS=, read -r -a devices <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((GPUS - 1)))}"
 here=$((GPUS / TENSOR_PARALLEL)) # shards of this node
 mkdir -p "$logs"

@@ -102,7 +102,8 @@ def accuracy_at_kl(path_kl: Array, path_accuracy: Array, kl: Array) -> Array:
     """Accuracy of a path at a KL: [B, K], [B, K], [B] -> [B].
 
     Linear in KL between consecutive points of the path as walked. Where several segments cover the
-    KL, the best of them; beyond the path's largest KL, its best accuracy: both favour the path.
+    KL, the best of them, which favours the path; beyond the path's largest KL, its best accuracy,
+    which need not: with more training it might have had more.
 
     0 -> 2 -> 1 nats with accuracy .5 -> .7 -> .8: at 1.5 the way out gives .65, the way back .75.
     >>> path = np.array([[0.0, 2.0, 1.0]]), np.array([[0.5, 0.7, 0.8]])

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import compare
+import numpy as np
 import pytest
 import report
 import tyro
@@ -46,6 +47,8 @@ def test_run_and_its_comparison(seed: Path, capsys: pytest.CaptureFixture[str]) 
     assert not list(seed.glob("failed/*/*"))
     students = {folder.name for folder in (seed / "students").iterdir()}
     assert students == set(variants.QUICK)
+    longer = {folder.name for folder in (seed / "curve/ce_gentle_longer").iterdir()}
+    assert longer == {"epoch-003.000", "epoch-004.000"}
     spent = common.read_json(seed / "seconds.json")
     assert list(spent) == list(variants.PARTS)
     recorded = common.read_json(seed / "students" / "no_floor" / "args.json")["args"]
@@ -85,6 +88,55 @@ def test_minus_the_default(
     expected = [f"{accuracy:+.3f} {beside_zero}", f"{kl - its_kl:+.2f}"]
     assert compare.against_default([row]) == expected
     assert compare.against_default([row, {}])[0] == expected[0]  # a seed without a default
+
+
+def policy(name: str, accuracy: float, kl: float | None) -> report.Evaluation:
+    """100 problems x 10 responses of one rate and one KL each: differences without any error."""
+    metrics = {"accuracy": [accuracy, 0.0]} | ({"kl": [kl, 0.0]} if kl is not None else {})
+    count = np.full(100, 10.0)
+    return report.Evaluation(
+        name, Path(name), {"metrics": metrics, "model": name}, [(str(i), "") for i in range(100)],
+        count * accuracy, count, None if kl is None else count * kl, None if kl is None else count,
+    )  # fmt: skip
+
+
+def test_student_against_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: linear between checkpoints, the longer ones behind them, the best where several
+    objectives are compared; and who is beyond the end of a curve."""
+    base = policy("base", 0.5, None)
+    two = {0.5: policy("epoch-000.500", 0.6, 0.2), 2.0: policy("epoch-002.000", 0.7, 0.4)}
+    four = {4.0: policy("epoch-004.000", 0.8, 0.8)}
+    other = {2.0: policy("epoch-002.000", 0.66, 1.0)}
+    paths = {"base": {0.0: base}, "mse": two, "mse_longer": four, "nft": other}
+    students = [policy("student_mse", 0.85, 0.6), policy("student_nft", 0.5, 1.5)]
+    monkeypatch.setattr(
+        report, "load_run", lambda run: ({e.name: e for e in [base, *students]}, paths)
+    )
+    monkeypatch.setattr(common, "load_rollouts", lambda folder: None)
+    budgets = {"mse": 2, "nft": 1}  # at a proxy of 1.5: one beyond it
+    for name, budget in budgets.items():
+        folder = tmp_path / "students" / name
+        common.write_json(folder / "args.json", {"args": {"signals": None, "kl_budget": budget}})
+        common.write_jsonl(folder / "metrics.jsonl", [{"kl_proxy": 1.5}, {"step": 2}])
+    seed = compare.load_seed(tmp_path, compare.Args((tmp_path,), resamples=20))
+    # At 0.6 nats half-way between 0.7 and 0.8; of the others, 0.6 of the way from 0.5 to 0.66.
+    assert seed.own["mse"]["accuracy_difference"] == pytest.approx(0.85 - 0.75)
+    assert seed.students["mse"]["gain"] == pytest.approx(0.85 - 0.75)
+    # Beyond 1 nat nft's curve has its best; the longer mse is better.
+    assert seed.own["nft"]["accuracy_difference"] == pytest.approx(0.5 - 0.66)
+    assert seed.students["nft"]["gain"] == pytest.approx(0.5 - 0.8)
+    assert [seed.own[n]["beyond"] for n in ("mse", "nft")] == [False, True]
+    assert [seed.students[n]["over_budget"] for n in ("mse", "nft")] == [False, True]
+    cells = {row.split(" | ")[0][2:]: row.split(" | ") for row in compare.own_curve_table([seed])}
+    # The teacher that the student learnt from had two epochs.
+    assert cells["mse"][1:] == ["0.700", "0.40", "0.850", "0.60", "+0.100", "[+0.100, +0.100]",
+                                "1 / 0", "", "never reached |"]  # fmt: skip
+    assert cells["nft"][1:6] == ["0.660", "1.00", "0.500", "1.50", "-0.160"]
+    assert cells["nft"][6:] == ["[-0.160, -0.160]", "0 / 1", "1", "0.00 |"]
+    assert "not made" in cells["sapo"][1]
+    table = {row.split(" | ")[1]: row.split(" | ") for row in compare.students_table([seed])}
+    column = table["variant"].index("over budget")
+    assert [table[name][column] for name in ("mse", "nft")] == ["", "1"]
 
 
 def test_blame_equals_brute_force(seed: Path) -> None:
@@ -158,7 +210,7 @@ def test_every_line_of_the_tables_is_a_command(
                     own.add(output)
                 finished |= own
             made |= finished
-    for folder, table in {"stage1": variants.OBJECTIVES, "signals": variants.SIGNALS}.items():
+    for folder, table in {"stage1": variants.TEACHERS, "signals": variants.SIGNALS}.items():
         suffix = ".safetensors" if folder == "signals" else ""
         assert {f"{args.run}/{folder}/{name}{suffix}" for name in table} <= made
     for table in variants.factors().values():

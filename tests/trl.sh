@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs what needs TRL: tests/test_trl.py, and tests/test_benchmarks.py with its peer. Sets up an
+# Runs what needs TRL: tests/test_trl*.py, and tests/test_benchmarks.py with its peer. Sets up an
 # environment of its own (.venv-trl, or the folder that ERPD_TRL_VENV names): nothing else asks for
 # TRL. Further arguments go to pytest: bash tests/trl.sh -k grpo
 set -euo pipefail
@@ -10,8 +10,4 @@ erpd_requirements=.pytest_cache/requirements-trl.txt
 cat requirements.txt tests/requirements-trl.txt >"$erpd_requirements"
 source tests/setup.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
-tests=()
-for file in tests/test_trl.py tests/test_benchmarks.py; do
-  if [ -f "$file" ]; then tests+=("$file"); fi
-done
-"$PYTHON" -m pytest "${tests[@]}" "$@"
+"$PYTHON" -m pytest tests/test_trl*.py tests/test_benchmarks.py "$@"

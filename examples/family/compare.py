@@ -7,7 +7,8 @@
                  stopped early (whichever objective that is: in favour of early stopping); and
                  accuracy and KL minus those of the default on the same problems
     objectives   the teacher's end, and its student against *its own* early-stopping curve at equal
-                 KL: paired bootstrap over problems (examples/report.py)
+                 KL: paired bootstrap over problems (examples/report.py); beyond: the student has
+                 spent more KL than the curve has, and is compared with its best accuracy instead
 
 Mean ± standard deviation over seeds. A variant that failed stands there with its reason, one that
 has not been made in some of the seeds with its number of seeds.
@@ -84,7 +85,8 @@ class Seed:
     run: Path
     base: report.Evaluation
     students: dict[str, Row]  # name -> accuracy, pass, kl, ...; what was not measured is None
-    curves: dict[str, list[report.Evaluation]]  # objective -> base, then its checkpoints
+    teachers: dict[str, Row]  # objective -> its end
+    curves: dict[str, list[report.Evaluation]]  # objective -> base, its checkpoints, longer ones
     own: dict[str, Row]  # objective -> its student against its own curve
     failed: dict[str, str]  # name -> why
 
@@ -143,6 +145,13 @@ def blame(student: Path, rollouts: common.Rollouts) -> Row:
     }  # fmt: skip
 
 
+def over_budget(student: Path) -> bool:
+    """Did its KL proxy ever pass the budget, so that the budget shaped it?"""
+    budget = common.read_json(student / "args.json")["args"]["kl_budget"]
+    spent = [row.get("kl_proxy", 0.0) for row in common.read_jsonl(student / "metrics.jsonl")]
+    return max(spent) > budget
+
+
 def failures(run: Path) -> dict[str, str]:
     """{variant: part and reason} of the first part in which it failed."""
     found: dict[str, str] = {}
@@ -156,8 +165,12 @@ def load_seed(run: Path, args: Args) -> Seed:
     """Reads and compares one run. Raises UserError where its base has not been judged."""
     evaluations, paths = report.load_run(run)
     base = evaluations["base"]
-    names = [name for name in variants.OBJECTIVES if name in paths]
-    curves = {name: [base, *paths[name].values()] for name in names}
+    names = [name for name in variants.TEACHERS if name in paths]
+    teachers = {name: measured(list(paths[name].values())[-1]) for name in names}
+    curves = {
+        name: [base, *paths[name].values(), *paths.get(f"{name}_longer", {}).values()]
+        for name in names
+    }
     students, own, rollouts = {}, {}, common.load_rollouts(run / "rollouts")
     default = evaluations.get(f"student_{variants.DEFAULT_SIGNAL}")
     for name in (name for table in variants.factors().values() for name in table):
@@ -172,10 +185,12 @@ def load_seed(run: Path, args: Args) -> Seed:
         signal = run / "signals" / f"{signal_of(name)}.json"
         diagnostics = common.read_json(signal) if signal.is_file() else {}
         row |= {key: diagnostics.get(key) for key in ("auc", "credit_auc")}
+        row["over_budget"] = over_budget(run / "students" / name)
         students[name] = row | blame(run / "students" / name, rollouts)
         if name in curves:
             own[name] = report.compare_with_path(student, curves[name], args.resamples, args.seed)
-    return Seed(run, base, students, curves, own, failures(run))
+            own[name]["beyond"] = row["kl"] > max(measured(e)["kl"] for e in curves[name][1:])
+    return Seed(run, base, students, teachers, curves, own, failures(run))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -235,7 +250,7 @@ def students_table(seeds: list[Seed]) -> list[str]:
     """All students, factor by factor."""
     head = ["#", "variant", "accuracy", "pass@4", "KL, nats", "KL efficiency", "entropy",
             "AUC", "credit AUC", "found", "guilty", "minus best early stop at its KL",
-            "minus the default", "KL minus its KL", "seeds", "flags"]  # fmt: skip
+            "minus the default", "KL minus its KL", "over budget", "seeds", "flags"]  # fmt: skip
     columns = {"accuracy": "{:.3f}", "pass": "{:.3f}", "kl": "{:.2f}", "efficiency": "{:.2f}",
                "entropy": "{:.3f}", "auc": "{:.3f}", "credit_auc": "{:.3f}", "found": "{:.2f}",
                "guilty": "{:.2f}", "gain": "{:+.3f}"}  # fmt: skip
@@ -243,7 +258,7 @@ def students_table(seeds: list[Seed]) -> list[str]:
     base = [measured(seed.base) for seed in seeds]
     cells = [spread([row[k] for row in base], columns[k]) for k in ("accuracy", "pass")]
     rows.append(["", "base", *cells, "0", "n/a", spread([row["entropy"] for row in base]),
-                 *[""] * 7, str(len(seeds)), ""])  # fmt: skip
+                 *[""] * 8, str(len(seeds)), ""])  # fmt: skip
     for factor, lines in variants.factors().items():
         rows.append(["", f"**{TITLES[factor]}**", *[""] * (len(head) - 2)])
         for name, flags in lines.items():
@@ -254,7 +269,8 @@ def students_table(seeds: list[Seed]) -> list[str]:
                 cells = [missing, *[""] * (len(columns) - 1)]
             elif missing:
                 made = f"{made} ({missing})"
-            rows.append([str(number[name]), name, *cells, *against_default(found), made,
+            over = str(sum(row["over_budget"] for row in found) or "")
+            rows.append([str(number[name]), name, *cells, *against_default(found), over, made,
                          f"`{flags}`"])  # fmt: skip
     return table(head, rows)
 
@@ -262,16 +278,17 @@ def students_table(seeds: list[Seed]) -> list[str]:
 def own_curve_table(seeds: list[Seed]) -> list[str]:
     """Each objective: its teacher's end, and its student against its own curve."""
     head = ["objective", "teacher: accuracy", "KL", "student: accuracy", "KL",
-            "student minus curve at its KL", "95 % intervals above 0", "below 0",
-            "KL at equal accuracy: curve over student"]  # fmt: skip
+            "student minus curve at its KL", "95 % intervals, seed by seed", "above / below 0",
+            "beyond", "KL at equal accuracy: curve over student"]  # fmt: skip
     rows = []
-    for name in variants.OBJECTIVES:
-        ends = [measured(seed.curves[name][-1]) for seed in seeds if name in seed.curves]
+    for name in variants.TEACHERS:
+        ends = [seed.teachers[name] for seed in seeds if name in seed.teachers]
         own = [seed.own[name] for seed in seeds if name in seed.own]
         if not ends or not own:
             rows.append([name, reason(name, seeds) or "no curve", *[""] * (len(head) - 2)])
             continue
         above, below = beside_zero([row["accuracy_difference_ci"] for row in own])
+        intervals = [report.with_interval(row, "accuracy_difference") for row in own]
         ratio = spread([row["kl_ratio"] for row in own], "{:.2f}")
         if never := sum(row["kl_ratio"] is None for row in own):
             ratio = f"{ratio}; never reached in {never}" if never < len(own) else "never reached"
@@ -280,7 +297,8 @@ def own_curve_table(seeds: list[Seed]) -> list[str]:
             spread([r["student_accuracy"] for r in own]),
             spread([r["student_kl"] for r in own], "{:.2f}"),
             spread([r["accuracy_difference"] for r in own], "{:+.3f}"),
-            f"{above} of {len(own)}", f"{below} of {len(own)}", ratio,
+            "; ".join(text.split(maxsplit=1)[1] for text in intervals), f"{above} / {below}",
+            str(sum(r["beyond"] for r in own) or ""), ratio,
         ])  # fmt: skip
     return table(head, rows)
 
@@ -289,7 +307,7 @@ def teachers_table(seeds: list[Seed]) -> list[str]:
     """The curves, checkpoint by checkpoint: accuracy at KL."""
     epochs = sorted({e for seed in seeds for path in seed.curves.values() for e in epochs_of(path)})
     rows = []
-    for name in variants.OBJECTIVES:
+    for name in variants.TEACHERS:
         cells = []
         for epoch in epochs:
             points = [p for seed in seeds if (p := at_epoch(seed, name, epoch)) is not None]
@@ -327,7 +345,7 @@ def average(rows: list[Row], key: str) -> tuple[float, float]:
 def draw_curves(axes: Axes, seeds: list[Seed]) -> None:
     """Early-stopping curves, means over seeds at each epoch, linear in KL between them."""
     start = average([measured(seed.base) for seed in seeds], "accuracy")[0]
-    for name in variants.OBJECTIVES:
+    for name in variants.TEACHERS:
         epochs = sorted({e for s in seeds for e in epochs_of(s.curves.get(name, [s.base]))})
         points = [(0.0, start)]
         for epoch in epochs:
@@ -459,7 +477,9 @@ def page(seeds: list[Seed], args: Args) -> str:
         "early stop*: accuracy minus the best that any of the objectives has at this KL when it is "
         "stopped early (picked after the fact, which favours it). *Minus the default*: accuracy "
         "minus that of the default on the same problems; in brackets the seeds in which the 95 % "
-        "interval (paired bootstrap over problems) lies above 0 / below 0.",
+        "interval (paired bootstrap over problems) lies above 0 / below 0. *Over budget*: seeds in "
+        "which the student's proxy passed its budget, so that its rate was halved: it is shaped by "
+        "the budget.",
         "",
         f"![Accuracy against KL]({stem}_accuracy_kl.png)",
         "",
@@ -470,7 +490,9 @@ def page(seeds: list[Seed], args: Args) -> str:
         "## Each objective: student against its own early-stopping curve",
         "",
         "At equal KL; paired bootstrap over the problems of each seed, "
-        f"{args.resamples} resamples; in how many seeds the 95 % interval lies above or below 0.",
+        f"{args.resamples} resamples; in how many seeds the 95 % interval lies above or below 0. "
+        "*Beyond*: in how many the student has spent more KL than any checkpoint, so that it is "
+        "compared with the best of the curve, at less KL.",
         "",
         *own_curve_table(seeds),
         "",

@@ -5,7 +5,8 @@
 #
 #   SEED=1 bash examples/family/run.sh                 # runs/family/seed1, every part
 #   PART=teachers SEED=1 bash examples/family/run.sh   # one part, each under ten minutes, in order:
-#       data teachers objectives references signals trust stage2 curves judge report
+#       data teachers objectives options longer references signals constructed trust stage2 curves
+#       judge report
 #   PART=report SEEDS="1 2 3" bash examples/family/run.sh   # all seeds: runs/family/results.md
 #   QUICK=1 bash examples/family/run.sh                # every step in small
 #

@@ -11,8 +11,11 @@ Parts, in this order (--part all: one after the other):
     data        problems, base, rollouts, the base judged
     teachers    stage 1 of every objective
     objectives  signal (teacher minus base) and student of each, the same stage 2 for all
+    options     the same of other targets, advantages, weights and masks of stage 1
+    longer      twice as many epochs, where two end short of the student's KL
     references  unlearned, recovered and cross-fitted policies; all signals built of them
     signals     the student of each signal
+    constructed the student of each signal that is made of other signals
     trust       the students of other trust regions
     stage2      the students of other stage-2 objectives
     curves      every checkpoint of stage 1 on held-out problems
@@ -23,6 +26,7 @@ Parts, in this order (--part all: one after the other):
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import shlex
@@ -31,6 +35,7 @@ import sys
 import time
 import types
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -70,6 +75,23 @@ OBJECTIVES = {
     "psr": "--loss psr --learning-rate 2e-4",
     "gspo": "--loss gspo --learning-rate 2e-4",
 }
+# What changes an objective of stage 1: the other targets of mse, Dr.GRPO's advantages, and weights
+# and masks on GRPO. Their authors' values where there are any (docs/family.md), nothing was tuned.
+OPTIONS = {
+    "mse_verdict": "--loss mse --mse-target verdict --beta 0.3 --learning-rate 2e-4",
+    "mse_centred": "--loss mse --mse-target centred --beta 0.3 --learning-rate 2e-4",
+    "dr_grpo": "--loss dr_grpo --advantages group_mean --learning-rate 2e-4",
+    "grpo_paced": "--loss grpo --paced 1 1 --learning-rate 2e-4",
+    "grpo_ace": "--loss grpo --ace-alpha 1 --learning-rate 2e-4",
+    "grpo_masked": "--loss grpo --mask-entropy 0.2 --mask-kl 0.2 --learning-rate 2e-4",
+    "nsr_spared": "--loss nsr --spare-ceiling 0.2 --learning-rate 1e-4",
+}
+TEACHERS = OBJECTIVES | OPTIONS
+# Curves that end short of their student's KL say nothing of early stopping there. These go on to
+# four epochs, as many as teacher and student take together.
+LONGER = ("mse", "grpo", "dapo", "topr", "reinforce", "vespo", "sft", "gspo")
+LONGER_EPOCHS = "--epochs 4 --save-at 3 4"
+
 # Their students, teacher minus base. Teachers moved by very different amounts, so each signal is
 # scaled until 1.3 tokens are blamed for each wrong response, about what the loudest do at scale 1.
 BOUNDS = "--signal-clip 3 --signal-floor 1 --token-kl 0.2"
@@ -99,7 +121,8 @@ REFERENCES = {
     },
 }
 # Signals: NAME: (how it is built, its stage 2). Of policies first, then of other signals.
-DEFAULT = "--signal-scale 8 --signal-clip 2.5 --signal-floor 1.5 --token-kl 0.5"
+DEFAULT_BOUNDS = "--signal-clip 2.5 --signal-floor 1.5 --token-kl 0.5"
+DEFAULT = f"--signal-scale 8 {DEFAULT_BOUNDS}"
 SIGNALS = {
     "mse_unlearned": ("--teachers {base} --references {stage1}/mse_unlearned", DEFAULT),
     "ce_unlearned": (
@@ -170,6 +193,19 @@ SIGNALS = {
         "--learning-rate 1e-4",
     ),
 }
+# The default's signal under the stage 2 of the objectives, so that they can be told from it; and
+# bounded by functions that change its size, hence scaled to about what the default blames.
+SCALED_DEFAULT = f"--targets-per-wrong 1.35 {DEFAULT_BOUNDS}"
+OF_DEFAULT = "--signals {signals}/mse_unlearned.safetensors"
+SIGNALS |= {
+    "as_objectives": (f"{OF_DEFAULT} {SCALED}", STUDENT),
+    "log_mixture": (
+        f"{OF_DEFAULT} --bound log_mixture {SCALED_DEFAULT}", f"--signal-scale 1 {DEFAULT_BOUNDS}"
+    ),
+    "power": (
+        f"{OF_DEFAULT} --bound power {SCALED_DEFAULT}", f"--signal-scale 1 {DEFAULT_BOUNDS}"
+    ),
+}  # fmt: skip
 DEFAULT_SIGNAL = "mse_unlearned"
 SIGNAL_STUDENT = "--objective regression --epochs 3 --learning-rate 3e-4"
 
@@ -200,10 +236,12 @@ STAGE2 = {
     "forward_kl": ("ce", "--objective forward_kl"),
     "jsd": ("ce", "--objective jsd"),
     "topk": ("ce", "--objective topk"),
+    "forward_kl_strong": ("gspo_wide", "--objective forward_kl"),
     "trrd_strong": ("strong", "--objective trrd --learning-rate 2e-4"),
     "kdrl_strong": ("strong", "--objective kdrl --learning-rate 2e-4"),
 }
-CLONES = ("reverse_kl", "forward_kl", "jsd", "topk")  # of a teacher: no signal, no bounds of it
+# Of a teacher: no signal, no bounds of it.
+CLONES = ("reverse_kl", "forward_kl", "jsd", "topk", "forward_kl_strong")
 
 # Of all students, nats of the proxy, KL(base || student): a guard against running away, no brake.
 # The proxy counts deep cuts dearer than the KL that is reported: the default ends at proxies of 1.0
@@ -211,7 +249,7 @@ CLONES = ("reverse_kl", "forward_kl", "jsd", "topk")  # of a teacher: no signal,
 # much KL as one that comes to its end, and learnt less: tight_budget.
 BUDGET = "--kl-budget 2 --kl-budget-action rollback --kl-every 8"
 
-QUICK = ("ce_gentle", "mse_unlearned", "no_floor")  # what --quick makes: one variant of each factor
+QUICK = ("ce_gentle", "mse_unlearned", "no_floor", "pg")  # what --quick makes: one of each factor
 
 
 @dataclass
@@ -219,8 +257,8 @@ class Args:
     run: Path
     """folder to write, such as runs/family/seed1"""
     part: Literal[
-        "all", "data", "teachers", "objectives", "references", "signals", "trust", "stage2",
-        "curves", "judge",
+        "all", "data", "teachers", "objectives", "options", "longer", "references", "signals",
+        "constructed", "trust", "stage2", "curves", "judge",
     ] = "all"  # fmt: skip
     """what to make, see the top of this page"""
     seed: int = 0
@@ -256,7 +294,7 @@ def merged(*texts: str) -> list[str]:
 def factors() -> dict[str, dict[str, str]]:
     """{factor: {name: what its line says}} of all students."""
     return {
-        "objective": OBJECTIVES,
+        "objective": TEACHERS,
         "signal": {name: " ".join(line).strip() for name, line in SIGNALS.items()},
         "trust region": {name: " ".join(line) for name, line in TRUST.items()},
         "stage 2": {name: " ".join(line) for name, line in STAGE2.items()},
@@ -280,9 +318,15 @@ class Commands:
         return [script, *(word.format(**self.places) for word in merged(*flags))]
 
     def train(self, output: str, *flags: str) -> list[str]:
-        small = "--epochs 1 --save-at 1" if self.quick else ""
         output = f"--output {{run}}/{output}"
-        return self.command("examples/family/stage1.py", DATA, output, *flags, small)
+        return self.command("examples/family/stage1.py", DATA, output, *flags)
+
+    def policy(self, name: str, *flags: str) -> list[str]:
+        small = "--epochs 1 --save-at 1" if self.quick else ""
+        return self.train(f"stage1/{name}", *flags, small)
+
+    def teacher(self, name: str) -> list[str]:
+        return self.policy(name, TEACHER, TEACHERS[name])
 
     def build(self, name: str, flags: str) -> list[str]:
         script = "build_signals.py" if "--teachers" in flags else "examples/family/signals.py"
@@ -307,6 +351,13 @@ class Commands:
         score = self.command("examples/family/score_topk.py", "--rollouts {run}/rollouts --k 8",
                              f"--teacher {{stage1}}/{teacher} --output {stored}")  # fmt: skip
         return [score, self.distil(name, f"--teacher {stored}", settings, flags)]
+
+    def student_of_teacher(self, name: str) -> Chain:
+        return [
+            self.build(name, f"--teachers {{stage1}}/{name} --references {{base}}"),
+            self.build(f"scaled/{name}", f"--signals {{signals}}/{name}.safetensors {SCALED}"),
+            self.student(name, f"scaled/{name}", STUDENT),
+        ]
 
     def crossfit(self) -> Chain:
         """The default's reference trained on each half of the problems, used on the other."""
@@ -353,22 +404,25 @@ class Commands:
         return [{"base": [base]}, {"rollouts": [rollouts, mark], "base_judged": [judged]}]
 
     def teachers(self) -> list[dict[str, Chain]]:
-        lines = self.chosen(OBJECTIVES).items()
-        return [{name: [self.train(f"stage1/{name}", TEACHER, flags)] for name, flags in lines}]
+        return [{name: [self.teacher(name)] for name in self.chosen(OBJECTIVES)}]
 
     def objectives(self) -> list[dict[str, Chain]]:
+        return [{name: self.student_of_teacher(name) for name in self.chosen(OBJECTIVES)}]
+
+    def options(self) -> list[dict[str, Chain]]:
+        chains = {k: [self.teacher(k), *self.student_of_teacher(k)] for k in self.chosen(OPTIONS)}
+        return [chains]
+
+    def longer(self) -> list[dict[str, Chain]]:
+        names = QUICK[:1] if self.quick else LONGER
         return [{
-            name: [
-                self.build(name, f"--teachers {{stage1}}/{name} --references {{base}}"),
-                self.build(f"scaled/{name}", f"--signals {{signals}}/{name}.safetensors {SCALED}"),
-                self.student(name, f"scaled/{name}", STUDENT),
-            ]
-            for name in self.chosen(OBJECTIVES)
+            name: [self.train(f"stage1/{name}_longer", TEACHERS[name], LONGER_EPOCHS)]
+            for name in names
         }]  # fmt: skip
 
     def references(self) -> list[dict[str, Chain]]:
         policies = {
-            first: [self.train(f"stage1/{name}", flags) for name, flags in chain.items()]
+            first: [self.policy(name, flags) for name, flags in chain.items()]
             for first, chain in self.chosen(REFERENCES).items()
         }
         built = {name: line[0] for name, line in self.chosen(SIGNALS).items()}
@@ -383,10 +437,18 @@ class Commands:
         return [policies, of_policies, of_signals]
 
     def signals(self) -> list[dict[str, Chain]]:
-        return [{
+        return [self.of_built("--signals" not in how for how, _ in SIGNALS.values())]
+
+    def constructed(self) -> list[dict[str, Chain]]:
+        return [self.of_built("--signals" in how for how, _ in SIGNALS.values())]
+
+    def of_built(self, taken: Iterable[bool]) -> dict[str, Chain]:
+        """Students of the lines of SIGNALS that are taken."""
+        table = dict(itertools.compress(SIGNALS.items(), taken))
+        return {
             name: [self.student(name, name, SIGNAL_STUDENT, flags)]
-            for name, (_, flags) in self.chosen(SIGNALS).items()
-        }]  # fmt: skip
+            for name, (_, flags) in self.chosen(table).items()
+        }
 
     def trust(self) -> list[dict[str, Chain]]:
         return [self.of_signal(TRUST)]
@@ -410,7 +472,8 @@ class Commands:
 
 PARTS = {
     "data": Commands.data, "teachers": Commands.teachers, "objectives": Commands.objectives,
-    "references": Commands.references, "signals": Commands.signals, "trust": Commands.trust,
+    "options": Commands.options, "longer": Commands.longer, "references": Commands.references,
+    "signals": Commands.signals, "constructed": Commands.constructed, "trust": Commands.trust,
     "stage2": Commands.stage2, "curves": Commands.curves, "judge": Commands.judged,
 }  # fmt: skip
 

@@ -426,15 +426,17 @@ def test_on_policy_limit(variant):
     assert slopes(name, x, **changes) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("change", [None, *CHANGES])
 @pytest.mark.parametrize("verdict", [0.0, 1.0])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_groups_that_agree(name, verdict):
-    """Nothing is learnt from all-correct and all-wrong groups, but by those that ask no group."""
+def test_groups_that_agree(name, verdict, change):
+    """Nothing is learnt from all-correct and all-wrong groups, but by those that ask no group; and
+    by them neither where p (1 - p) is the weight."""
     x = inputs([[0.1, -0.1], [0.2]], [verdict] * 2, [0.0, 0.0], means=verdict)
     learns = {"topr": (True, True), "psr": (False, True), "nsr": (True, False),
               "weighted_reinforce": (True, True)}  # fmt: skip
-    expected = learns.get(name, (False, False))[int(verdict)]
-    grad = call(name, x)[1]
+    expected = learns.get(name, (False, False))[int(verdict)] and change not in ("paced", "all")
+    grad = call(name, x, options=True, **CHANGES.get(change, {}))[1]
     assert grad.any() == expected
     assert grad.isfinite().all()
 
@@ -575,6 +577,14 @@ def test_left_out_tokens_are_as_if_they_were_prompt():
     assert call("gspo", dataclasses.replace(none, policy_logprobs=x.policy_logprobs * 0))[0] == 1
     for name in OBJECTIVES:
         assert not call(name, x, options=True, mask_entropy=1.0)[1].any()
+
+
+def test_the_furthest_token_is_that_of_the_reverse_kl():
+    """r log r - r + 1 is 1 at a log-ratio of +1 and 0.48 at -1.6; by the forward KL, r - 1 - log r,
+    or by its size the second would be further."""
+    x = inputs([[1.0, -1.6]], [0.0], [-1.0], prompt=1)
+    kept = objectives.mask_tokens(x, mask_entropy=0.0, mask_kl=0.5).response_mask
+    assert kept.tolist() == [False, False, True]
 
 
 def test_rare_tokens_of_wrong_responses_are_spared():
@@ -772,6 +782,11 @@ def test_two_ranks_are_one(tmp_path, family_losses):
         ({"ace_alpha": -1.0}, ("--ace-alpha -1.0", "0 or more")),
         ({"mask_kl": 1.5}, ("--mask-kl 1.5", "between 0 and 1")),
         ({"paced": (-1.0, 1.0)}, ("--paced (-1.0, 1.0)", "0 or more")),
+        ({"paced": (1.0, math.nan)}, ("--paced (1.0, nan)", "0 or more")),
+        ({"vespo_negative": (math.inf, 1.0)}, ("--vespo-negative (inf, 1.0)", "0 or more")),
+        ({"ace_alpha": math.inf}, ("--ace-alpha inf", "finite")),
+        ({"cispo_low": 6.0}, ("--cispo-high 5.0", "--cispo-low 6")),
+        ({"spare_ceiling": 0.01}, ("--spare-ceiling 0.01", "--spare-floor 0.02")),
         ({"beta": 0.0}, ("--beta 0.0", "above 0")),  # stage 1's own checks run too
     ],
 )

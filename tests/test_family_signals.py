@@ -101,22 +101,24 @@ def test_inputs_are_left_unchanged(rollouts):
         for verdict in ("none", "aligned", "scaled"):
             for bound in signals.BOUND:
                 changes = {"combine": combine, "verdict": verdict, "bound": bound}
-                signals.construct(terms, rollouts, arguments(Path("o"), **changes))
+                args = arguments(Path("o"), **changes)
+                signals.construct(terms, torch.ones(2), rollouts, args)
     assert torch.equal(terms, before)
 
 
 def test_construct_takes_the_steps_in_order_and_leaves_prompts_silent(rollouts):
     torch.manual_seed(0)
     terms = 3 * torch.randn(2, len(rollouts.tokens))  # prompts too: they must not come through
-    args = arguments(Path("o"), weights=(1.0, 0.5), verdict="aligned", bound="clip", clip=1.0)
-    made = signals.construct(terms, rollouts, args)
+    args = arguments(Path("o"), verdict="aligned", bound="clip", clip=1.0)
+    made = signals.construct(terms, torch.tensor([1.0, 0.5]), rollouts, args)
     ids, mask = rollouts.sequence_ids, rollouts.response_mask
     for t in range(len(mask)):
         x = (terms[0, t] + 0.5 * terms[1, t]).item()
         v = 2 * rollouts.rewards[ids[t]].item() - 1
         expected = max(-1.0, min(1.0, x)) if mask[t] and x * v > 0 else 0.0
         assert made[t].item() == pytest.approx(expected, abs=1e-6)
-    scaled = signals.construct(terms, rollouts, arguments(Path("o"), verdict="scaled"))
+    args = arguments(Path("o"), verdict="scaled")
+    scaled = signals.construct(terms, torch.ones(2), rollouts, args)
     solved_by_all = rollouts.problem_index[ids] == 0
     assert not scaled[solved_by_all].any()
     assert not scaled[~mask].any()
@@ -207,7 +209,8 @@ def test_stage_2_takes_what_the_script_writes(tmp_path, capsys):
     ("changes", "named"),
     [({"weights": (1.0, 2.0)}, "--weights"), ({"alpha": 0.0}, "--alpha"),
      ({"clip": -1.0}, "--clip"), ({"combine": "mean", "weights": (-1.0,)}, "--weights"),
-     ({"power": 0.0}, "--power"), ({"verdict_eps": 2.0}, "--verdict-eps"),
+     ({"power": 0.0}, "--power"), ({"power": math.inf}, "--power"),
+     ({"verdict_eps": 2.0}, "--verdict-eps"),
      ({"targets_per_wrong": -1.0}, "--targets-per-wrong"), ({"token_kl": 0.0}, "--token-kl"),
      ({"base": "other"}, "--base")],
 )  # fmt: skip
@@ -218,6 +221,40 @@ def test_bad_input_is_named(changes, named, tmp_path):
     with pytest.raises(common.UserError, match=named):
         signals.main(replace(args, **changes))
     assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_files_keep_their_own_weights(tmp_path):
+    """Two teachers of weights 2 and -1: what is built of that file starts from its signal."""
+    folder, file = tiny.setting(), tmp_path / "weighted.safetensors"
+    build_signals.main(build_signals.Args(
+        rollouts=folder / "rollouts", base=str(folder / "base"), output=file, weights=(2.0, -1.0),
+        teachers=(str(folder / "other"), str(folder / "base")), references=(str(folder / "base"),),
+    ))  # fmt: skip
+    signal = common.load_tensors(file, {})[0]["signal"]
+    assert signal.any()
+    signals.main(arguments(tmp_path / "a.safetensors", file, bound="clip", clip=1e9))
+    made = common.load_tensors(tmp_path / "a.safetensors", {})[0]["signal"]
+    assert torch.allclose(made, signal, atol=1e-6)
+    # A file made here has them in its signal already; others may be given.
+    signals.main(arguments(tmp_path / "b.safetensors", tmp_path / "a.safetensors"))
+    assert torch.equal(common.load_tensors(tmp_path / "b.safetensors", {})[0]["signal"], made)
+    signals.main(arguments(tmp_path / "c.safetensors", file, weights=(1.0, 1.0)))
+    other = common.load_tensors(tmp_path / "c.safetensors", {})[0]["signal"]
+    assert torch.allclose(2 * other, signal, atol=1e-5)  # the second term is base minus base
+    with pytest.raises(common.UserError, match=r"--weights \[2.0, -1.0\]: must be above 0"):
+        signals.main(arguments(tmp_path / "d.safetensors", file, combine="mean"))
+
+
+def test_targets_per_wrong_needs_a_wrong_response(tmp_path):
+    folder = tmp_path / "rollouts"
+    shutil.copytree(tiny.setting() / "rollouts", folder)
+    whole = common.load_rollouts(folder)
+    common.save_rollouts(replace(whole, rewards=torch.ones_like(whole.rewards)))
+    file = build(folder, str(tiny.setting() / "other"), tmp_path / "f.safetensors")
+    args = arguments(tmp_path / "a.safetensors", file, targets_per_wrong=1.3)
+    with pytest.raises(common.UserError, match="--targets-per-wrong: no response"):
+        signals.main(replace(args, rollouts=folder))
+    assert not args.output.exists()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -352,18 +389,21 @@ def test_a_teacher_may_not_score_what_it_learnt(tmp_path):
             batch_size=16,
         ))  # fmt: skip
     teachers = [str(tmp_path / "t0"), str(tmp_path / "t1")]
-    for order, refused in ((teachers, True), (teachers[::-1], False)):
+    checkpoints = [f"{teacher}/checkpoints/epoch-001.000" for teacher in teachers]
+    for order, refused in (
+        (teachers, True), (teachers[::-1], False), (checkpoints, True), (checkpoints[::-1], False)
+    ):  # fmt: skip
         shutil.rmtree(tmp_path / "f", ignore_errors=True)
         files = tuple(
-            build(half, teacher, tmp_path / "f" / Path(teacher).with_suffix(".safetensors").name)
-            for half, teacher in zip(halves, order, strict=True)
+            build(half, teacher, tmp_path / "f" / f"{i}.safetensors")
+            for i, (half, teacher) in enumerate(zip(halves, order, strict=True))
         )
         args = join_signals.Args(
             folder / "rollouts", str(folder / "base"), halves, files, tmp_path / "j.safetensors"
         )
         if refused:
-            with pytest.raises(common.UserError, match="t0: was trained on"):
+            with pytest.raises(common.UserError, match="t0.*: was trained on"):
                 join_signals.main(args)
         else:
             join_signals.main(args)
-            assert args.output.is_file()
+            args.output.unlink()

@@ -192,6 +192,16 @@ def test_gopd_values(scale, teacher, advantage):
     assert grad == pytest.approx([-advantage])
 
 
+def test_groups_that_agree_have_only_the_teacher():
+    """All right or all wrong: A is 0. trrd, whose teacher only moves the clip, learns nothing; kdrl
+    goes to its teacher."""
+    x, given = inputs([-1.0, -2.0], [-1.5, -1.0]), tokens(-0.5, -2.5)
+    settings = {"teacher_logprobs": given, "advantages": tokens(0.0, 0.0)}
+    assert gradient(stage2.trrd_loss, x, trrd_alpha=0.5, **settings)[1] == [0, 0]
+    found = gradient(stage2.kdrl_loss, x, kdrl_beta=0.1, **settings)[1]
+    assert found == pytest.approx([0.1 * (-1.0 + 0.5), 0.1 * (-2.0 + 2.5)])
+
+
 def test_gopd_at_lambda_1_needs_no_reference():
     """A = T - student whatever the reference; and it rests where the target is met."""
     for reference in (-1.2, -3.0):
@@ -381,7 +391,8 @@ def test_topk_file_is_checked(tmp_path, rollouts):
     ("changes", "named"),
     [({"jsd_beta": 1.5}, "--jsd-beta"), ({"trrd_alpha": -0.1}, "--trrd-alpha"),
      ({"kl_target": 0.1}, "--kl-coef"), ({"kl_target": 0.0, "kl_coef": 1.0}, "--kl-target"),
-     ({"kdrl_beta": -1.0}, "--kdrl-beta"), ({"teacher": "t"}, "--teacher")],
+     ({"kdrl_beta": -1.0}, "--kdrl-beta"), ({"teacher": "t"}, "--teacher"),
+     ({"reanchor": True}, "--reanchor --objective kdrl")],
 )  # fmt: skip
 def test_bad_flags_are_named(changes, named, tmp_path):
     args = dataclasses.replace(arguments(tmp_path / "run", "kdrl"), **changes)

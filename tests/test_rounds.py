@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import functools
 import os
 import shutil
@@ -168,6 +169,9 @@ def test_flat_is_no_gain_over_two_rounds() -> None:
     assert not flat.is_flat([0.5, 0.4, 0.511], 0.01, 2)
     assert not flat.is_flat([0.9, 0.9, 0.5, 0.92, 0.6], 0.01, 2)
     assert flat.is_flat([0.1, 0.9, 0.8, 0.9], 0.01, 2)
+    for changes in ({"over": 0}, {"gain": -0.1}, {"judged": ()}):
+        with pytest.raises(common.UserError, match=f"--{next(iter(changes))}"):
+            flat.main(dataclasses.replace(flat.Args((Path("round0"),)), **changes))
     assert not flat.is_flat([0.1, 0.2, 0.2], 0.01, 2) and flat.is_flat([0.1, 0.2, 0.2], 0.01, 1)
 
 

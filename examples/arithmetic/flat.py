@@ -27,6 +27,12 @@ class Args:
     over: int = 2
     """rounds it may take"""
 
+    def check(self) -> None:
+        """Raises UserError on impossible values."""
+        common.require(self, "judged", bool, "at least one folder")
+        common.require(self, "gain", lambda v: v >= 0, "0 or more")
+        common.require(self, "over", lambda v: v >= 1, "1 or more")
+
 
 def is_flat(accuracies: list[float], gain: float, over: int) -> bool:
     """Whether the last accuracy exceeds the one `over` rounds before by `gain` at most."""
@@ -34,6 +40,7 @@ def is_flat(accuracies: list[float], gain: float, over: int) -> bool:
 
 
 def main(args: Args) -> None:
+    args.check()
     metrics = [common.read_json(folder / "metrics.json")["metrics"] for folder in args.judged]
     accuracies = [row["accuracy"][0] for row in metrics]
     print("flat" if is_flat(accuracies, args.gain, args.over) else "rising")

@@ -64,7 +64,7 @@ class Args:
     combine: Literal["sum", "mean", "agreement"] = "sum"
     """how the terms of all files become one"""
     weights: tuple[float, ...] = ()
-    """w_i of each term, in the order of the files; default: 1 each"""
+    """w_i of each term, in the order of the files; default: as its file was built"""
     verdict: Literal["none", "aligned", "scaled"] = "none"
     """what the verdict of the response does to its tokens' signal"""
     verdict_eps: float = 0.2
@@ -93,9 +93,8 @@ class Args:
         if self.output.suffix != ".safetensors":
             raise UserError(f"--output {self.output}: the name must end in .safetensors")
         require(self, "weights", lambda v: all(map(math.isfinite, v)), "finite")
-        if self.combine != "sum":
-            require(self, "weights", lambda v: all(w > 0 for w in v), f"above 0 for {self.combine}")
-        require(self, "clip power signal_clip token_kl", lambda v: v > 0, "above 0")
+        require(self, "clip signal_clip token_kl", lambda v: v > 0, "above 0")
+        require(self, "power", lambda v: 0 < v < math.inf, "above 0 and finite")
         require(self, "signal_floor targets_per_wrong", lambda v: v >= 0, "0 or more")
         low_enough = f"at most --signal-clip {self.signal_clip:g}, else no target is left"
         require(self, "signal_floor", lambda v: v <= self.signal_clip, low_enough)
@@ -169,9 +168,8 @@ BOUND: dict[str, Callable[..., Tensor]] = {
 BOUNDS = ("signal_clip", "signal_floor", "token_kl")  # of stage 2
 
 
-def construct(terms: Tensor, rollouts: Rollouts, args: Args) -> Tensor:
-    """The first three steps -> signal [N], zero on prompts."""
-    weights = torch.tensor(args.weights or [1.0] * len(terms))
+def construct(terms: Tensor, weights: Tensor, rollouts: Rollouts, args: Args) -> Tensor:
+    """The first three steps, terms [K, N] and weights [K] -> signal [N], zero on prompts."""
     signal = COMBINE[args.combine](terms, weights)
     ids = rollouts.sequence_ids
     if args.verdict == "aligned":
@@ -221,26 +219,34 @@ def compare(terms: Tensor, signal: Tensor, rollouts: Rollouts) -> dict[str, floa
 # Data
 
 
-def load_terms(args: Args, rollouts: Rollouts) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
-    """terms [K, N], arrays and metadata of the first file. Raises UserError as stage 2 would."""
-    terms, files = [], []
+def load_terms(
+    args: Args, rollouts: Rollouts
+) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Any]]:
+    """terms [K, N], their weights [K], arrays and metadata of the first file. Raises UserError as
+    stage 2 would, and on weights that do not fit."""
+    terms, weights, files = [], [], []
     for path in args.signals:
         needed = stage2_distill.Args(args.base, args.rollouts, args.output, signals=path)
         stage2_distill.load_signals(needed, rollouts)
         arrays, metadata = load_tensors(path, {})
         files.append((arrays, metadata))
-        made_here, n_terms = "construction" in metadata, len(metadata["weights"])
-        terms += [arrays["signal"]] if made_here else [
-            arrays[f"teacher_{i}_logprobs"] - arrays[f"reference_{i}_logprobs"]
-            for i in range(n_terms)
-        ]  # fmt: skip
+        if "construction" in metadata:  # made here: its signal holds the weights
+            terms.append(arrays["signal"])
+            weights.append(1.0)
+        else:
+            terms += [arrays[f"teacher_{i}_logprobs"] - arrays[f"reference_{i}_logprobs"]
+                      for i in range(len(metadata["weights"]))]  # fmt: skip
+            weights += metadata["weights"]
         if not torch.equal(arrays["behavior_logprobs"], files[0][0]["behavior_logprobs"]):
             raise UserError(f"--signals {path}: its behavior policy is not that of "
                             f"{args.signals[0]}; build both with one --behavior")  # fmt: skip
     if args.weights and len(args.weights) != len(terms):
         raise UserError(f"--weights: {len(args.weights)} given for {len(terms)} terms "
                         "(one a teacher of each file)")  # fmt: skip
-    return torch.stack(terms), *files[0]
+    weights = list(args.weights) or weights
+    if args.combine != "sum" and min(weights) <= 0:
+        raise UserError(f"--weights {weights}: must be above 0 for {args.combine}; give others")
+    return torch.stack(terms), torch.tensor(weights), *files[0]
 
 
 def main(args: Args) -> None:
@@ -248,7 +254,7 @@ def main(args: Args) -> None:
     ranks = setup_ranks()
     rollouts = load_rollouts(args.rollouts)
     tokenizer = load_tokenizer(args.base)
-    terms, arrays, metadata = load_terms(args, rollouts)
+    terms, weights, arrays, metadata = load_terms(args, rollouts)
     used = ("combine", "verdict", "verdict_eps", "bound", "clip", "alpha", "power")
     if args.targets_per_wrong:
         used += ("targets_per_wrong", *BOUNDS)
@@ -257,10 +263,14 @@ def main(args: Args) -> None:
     metadata |= {"construction": construction}
     if is_complete(args.output, metadata, ranks):
         return
-    signal, scaling = construct(terms, rollouts, args), {}
+    signal, scaling = construct(terms, weights, rollouts, args), {}
     if args.targets_per_wrong:
         mask, bounds = rollouts.response_mask, {name: getattr(args, name) for name in BOUNDS}
-        wanted = args.targets_per_wrong * int((rollouts.rewards == 0).sum())
+        n_wrong = int((rollouts.rewards == 0).sum())
+        if not n_wrong:
+            raise UserError(f"--targets-per-wrong: no response of {args.rollouts} is wrong; "
+                            "drop the flag, or sample more")  # fmt: skip
+        wanted = args.targets_per_wrong * n_wrong
         scale, left = scale_for_targets(
             signal[mask], arrays["base_logprobs"][mask], wanted, **bounds
         )

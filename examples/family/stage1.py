@@ -16,6 +16,7 @@ docs/family.md compares the objectives.
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,11 +87,15 @@ class Args(stage1_extreme.Args):
         positive = "cispo_high bapo_target bapo_dual_clip dr_grpo_length"
         require(self, positive, lambda v: v > 0, "above 0")
         at_least_0 = "gspo_clip_high cispo_low positive_weight nft_negative_weight ace_alpha"
-        require(self, at_least_0, lambda v: v >= 0, "0 or more")
+        require(self, at_least_0, lambda v: 0 <= v < math.inf, "0 or more, and finite")
         shares = "gspo_clip_low mask_entropy mask_kl spare_floor spare_ceiling"
         require(self, shares, lambda v: 0 <= v <= 1, "between 0 and 1")
         pairs = "paced vespo_positive vespo_negative"
-        require(self, pairs, lambda v: min(v) >= 0, "two numbers, 0 or more")
+        require(self, pairs, lambda v: all(0 <= x < math.inf for x in v), "two numbers, 0 or more")
+        least = f"at least --cispo-low {self.cispo_low:g}"
+        require(self, "cispo_high", lambda v: v >= self.cispo_low, least)
+        least = f"0, or above --spare-floor {self.spare_floor:g}: no probability lies between"
+        require(self, "spare_ceiling", lambda v: v == 0 or v > self.spare_floor, least)
 
 
 LOSSES = {

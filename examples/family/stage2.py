@@ -20,6 +20,7 @@ Reads and writes what stage2_distill.py does; with --reanchor also anchors/ whil
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -58,16 +59,20 @@ class Args(stage2_distill.Args):
     kl_target: float | None = None
     """KL proxy, nats a response, that --kl-coef is doubled or halved towards (PPO's adaptive KL)"""
     reanchor: bool = False
-    """targets, losses and penalty count from the student at the epoch's start, not from the base"""
+    """targets (of regression, bounds of pg and gopd) and penalty count from the epoch's start"""
 
     def check(self) -> None:
         """Raises UserError on impossible combinations."""
         super().check()
         require(self, "jsd_beta trrd_alpha", lambda v: 0 <= v <= 1, "between 0 and 1")
-        require(self, "kdrl_beta", lambda v: v >= 0, "0 or more")
+        require(self, "kdrl_beta", lambda v: 0 <= v < math.inf, "0 or more, and finite")
         require(self, "kl_target", lambda v: v is None or v > 0, "above 0 nats")
         if self.kl_target is not None and not self.kl_coef:
             raise UserError("--kl-target adapts --kl-coef; start it above 0, for example at 0.01")
+        with_target = ("regression", "pg", "gopd")
+        if self.reanchor and not self.kl_coef and self.objective not in with_target:
+            raise UserError(f"--reanchor --objective {self.objective}: nothing in it counts from "
+                            "the base; add --kl-coef, or drop --reanchor")  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------

@@ -83,6 +83,11 @@ class Args:
         require(self, "micro_batch_tokens", lambda v: v >= 1, "1 or more")
 
     @property
+    def parts(self) -> Path:
+        """Folder of the policies scored so far; gone when the output is there."""
+        return self.output.with_name(self.output.name + ".parts")
+
+    @property
     def pairs(self) -> list[tuple[float, str, str]]:
         """(weight, teacher, reference) of every term of the sum."""
         references = self.references or (self.base,)
@@ -148,14 +153,15 @@ def share_that_carries(signal: Tensor, part: float) -> float:
 
 
 def score_policies(
-    args: Args, rollouts: Rollouts, prints: dict[str, str], temperature: float, ranks: Ranks
-) -> dict[str, Tensor]:
-    """{model: log-probs [N]}, each policy scored once; finished ones are kept beside the output."""
-    parts = args.output.with_name(args.output.name + ".parts")
+    args: Args, rollouts: Rollouts, data: str, models: dict[str, str], temperature: float,
+    ranks: Ranks,
+) -> dict[str, Tensor]:  # fmt: skip
+    """{model: log-probs [N]}, each policy scored once; finished ones are kept beside the output.
+
+    data: the fingerprint of the rollouts; models: {model: its fingerprint}."""
     scored: dict[str, Tensor] = {}
-    data = fingerprint(rollouts.path)
-    for model, fingerprint_ in prints.items():
-        part = parts / f"{fingerprint_}-{data}.safetensors"
+    for model, weights in models.items():
+        part = args.parts / f"{weights}-{data}.safetensors"
         if part.is_file():
             values = load_tensors(part, {"logprobs": torch.float32})[0]["logprobs"]
         else:
@@ -235,24 +241,24 @@ def main(args: Args) -> None:
     for i, (_, teacher, reference) in enumerate(args.pairs):
         roles |= {f"teacher_{i}": teacher, f"reference_{i}": reference}
     check_vocabulary(list(roles.values()), rollouts)
-    prints = {model: fingerprint(model_folder(model)) for model in dict.fromkeys(roles.values())}
+    models = {model: fingerprint(model_folder(model)) for model in dict.fromkeys(roles.values())}
     metadata = {
         "rollouts": fingerprint(rollouts.path), "temperature": temperature,
         "weights": [w for w, _, _ in args.pairs],
-        "models": {r: {"path": model, "fingerprint": prints[model]} for r, model in roles.items()},
+        "models": {r: {"path": model, "fingerprint": models[model]} for r, model in roles.items()},
     }  # fmt: skip
     if is_complete(args.output, metadata, ranks):
-        shutil.rmtree(args.output.with_name(args.output.name + ".parts"), ignore_errors=True)
+        shutil.rmtree(args.parts, ignore_errors=True)
         return
 
-    scored = score_policies(args, rollouts, prints, temperature, ranks)
+    scored = score_policies(args, rollouts, metadata["rollouts"], models, temperature, ranks)
     signal = combine([(w, scored[t], scored[r]) for w, t, r in args.pairs])
     report = diagnose(signal, rollouts, tokenizer)
     if ranks.rank == 0:
         arrays = {f"{role}_logprobs": scored[model].clone() for role, model in roles.items()}
         write_json(args.output.with_suffix(".json"), report | metadata)
         save_tensors(args.output, arrays | {"signal": signal}, metadata)
-        shutil.rmtree(args.output.with_name(args.output.name + ".parts"), ignore_errors=True)
+        shutil.rmtree(args.parts, ignore_errors=True)
     print_report(report, args.output, ranks)
 
 

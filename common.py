@@ -24,6 +24,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
 import warnings
@@ -82,11 +83,14 @@ def run(main: Callable[[Any], None], args_type: type, doc: str | None) -> None:
         gpu = isinstance(error, torch.OutOfMemoryError)
         if not (gpu or isinstance(error, MemoryError) or "t allocate memory" in str(error)):
             raise
-        flags = {name: why for name, why in MEMORY_FLAGS.items() if hasattr(args, name)}
-        hints = "; ".join(f"--{name.replace('_', '-')} (now {getattr(args, name)}): {why}"
-                          for name, why in flags.items())  # fmt: skip
-        sys.exit(_fail(f"out of {'GPU' if gpu else 'host'} memory. What helps: {hints}; more "
-                       "ranks. The same command goes on from the last checkpoint"))  # fmt: skip
+        # Numbers and switches alone: evaluate.py's --shard is another flag, a text.
+        flags = {n: why for n, why in MEMORY_FLAGS.items() if isinstance(getattr(args, n, ""), int)}
+        hints = [f"--{name.replace('_', '-')} (now {getattr(args, name)}): {why}"
+                 for name, why in flags.items()]  # fmt: skip
+        hints += ["more ranks"] if "shard" in flags or "defer_gradient_sync" in flags else []
+        helps = f". What helps: {'; '.join(hints)}" if hints else ""
+        sys.exit(_fail(f"out of {'GPU' if gpu else 'host'} memory{helps}. Started again, the "
+                       "command goes on from what it has saved"))  # fmt: skip
     except OSError as error:  # a full disk, an unwritable folder, a vanished file
         if error.filename is None and error.errno not in NO_SPACE:
             raise
@@ -194,7 +198,8 @@ def progress(ranks: Ranks, total: int, initial: int, what: str) -> tqdm:
 def atomic(path: Path) -> Iterator[Path]:
     """Yields a temporary name; what was written there becomes `path` at once, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Another node may write the same file, under the same number of a process.
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -363,31 +368,37 @@ def save_rollouts(rollouts: Rollouts) -> None:
 def load_rollouts(folder: Path) -> Rollouts:
     """Reads and checks `folder/rollouts.safetensors`. Raises UserError naming array or response."""
     path = Path(folder) / "rollouts.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the folder of a finished evaluate.py")
     tensors, metadata = load_tensors(path, ROLLOUT_DTYPES)
     known = {field.name for field in dataclasses.fields(Rollouts)}
     rollouts = Rollouts(path, metadata, **{k: v for k, v in tensors.items() if k in known})
     cu, n = rollouts.cu_seqlens, len(rollouts.rewards)
     if n == 0 or len(cu) != n + 1 or cu[0] != 0 or cu[-1] != len(rollouts.tokens):
-        raise UserError(f"{path}: cu_seqlens does not fit {n} responses and its tokens")
+        raise UserError(f"{path}: cu_seqlens does not fit {n} responses and its tokens; "
+                        "make the file again")  # fmt: skip
     sizes = {"prompt_lens": n, "problem_index": n, "truncated": n, "first_wrong_token": n,
              "answer_class": n, "sampler_logprobs": len(rollouts.tokens)}  # fmt: skip
     for name, size in sizes.items():
         if name in tensors and (found := len(tensors[name])) != size:
-            raise UserError(f"{path}: '{name}' has {found} entries, expected {size}")
+            raise UserError(f"{path}: '{name}' has {found} entries, expected {size}; "
+                            "make the file again")  # fmt: skip
     for name, dtype in OPTIONAL_DTYPES.items():
         if name in tensors and tensors[name].dtype != dtype:
-            raise UserError(f"{path}: array '{name}' is {tensors[name].dtype}, expected {dtype}")
+            raise UserError(f"{path}: array '{name}' is {tensors[name].dtype}, expected {dtype}; "
+                            "make the file again")  # fmt: skip
     if (lowest := int(rollouts.tokens.min())) < 0:
         raise UserError(f"{path}: token {lowest} is below 0; make the file again")
     for bad, what in [
         (rollouts.prompt_lens < 1, "has an empty prompt"),
-        (rollouts.response_lens < 1, "has an empty response; drop it and write the file again"),
+        (rollouts.response_lens < 1, "has an empty response: drop it"),
         (rollouts.problem_index < 0, "belongs to no problem"),
         ((rollouts.rewards != 0) & (rollouts.rewards != 1), "has a reward that is not 0 or 1"),
     ]:
         if bad.any():
             first = int(bad.nonzero()[0])
-            raise UserError(f"{path}: response {first} {what} ({int(bad.sum())} such)")
+            raise UserError(f"{path}: response {first} {what} ({int(bad.sum())} such); "
+                            "make the file again")  # fmt: skip
     return rollouts
 
 
@@ -607,6 +618,7 @@ def _block_mask(ids: Tensor) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     def causal_within(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """Whether position q sees position k; alike in all batches and heads."""
         return (ids[q] == ids[k]) & (q >= k)
 
     n = len(ids)
@@ -994,6 +1006,7 @@ def row_logprobs(
     targets = row.tokens[row.response_index]
 
     def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        """In the place of the logits, whose [T, V] never exists."""
         values = _HeadLogprobs.apply(hidden, weight, targets, temperature)
         return values if extra is None else (*values, extra(hidden, weight))
 
@@ -1009,6 +1022,7 @@ def chunked_kl(
     from torch.utils.checkpoint import checkpoint
 
     def chunk(p: Tensor, q: Tensor) -> Tensor:
+        """KL at some positions."""
         log_p = head_logits(p, p_weight, temperature).log_softmax(-1)
         log_q = head_logits(q, q_weight, temperature).log_softmax(-1)
         return torch.linalg.vecdot(log_p.exp(), log_p - log_q)
@@ -1074,7 +1088,7 @@ def wait_for(path: Path, seconds: float = 90) -> bool:
 # May change between a run and its continuation: memory, speed and guards, not what is computed
 FREE_FLAGS = {
     "output", "micro_batch_tokens", "activation_checkpointing", "defer_gradient_sync", "shard_size",
-    "shard", "checkpoint_every", "max_noise", "tensorboard",
+    "checkpoint_every", "max_noise", "tensorboard",
 }  # fmt: skip
 
 
@@ -1337,6 +1351,11 @@ class MetricsLog:
         for name, value in values.items():
             if name != "step" and value is not None:
                 self.events.add_scalar(name, value, values["step"])
+
+
+def sum_and_count(values: Tensor, where: Tensor) -> Tensor:
+    """[sum of the values where `where` (bool) holds, how often it holds]: for mean_metrics."""
+    return torch.stack([(values * where).sum(), where.sum()])
 
 
 def mean_metrics(sums: dict[str, Tensor], ranks: Ranks) -> dict[str, float]:

@@ -59,7 +59,7 @@ import threading
 import time
 import unicodedata
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -71,11 +71,13 @@ import torch
 from torch import Tensor
 
 from common import (  # isort: skip
-    Policy, Ranks, Rollouts, UserError, check_vocabulary, fingerprint, head_chunks, head_logits,
-    load_lm, load_rollouts, load_tensors, load_tokenizer, make_row, model_folder, pack,
+    Policy, Ranks, Rollouts, UserError, check_vocabulary, compute_dtype, fingerprint, head_chunks,
+    head_logits, load_lm, load_rollouts, load_tensors, load_tokenizer, make_row, model_folder, pack,
     progress, read_json, read_jsonl, require, run, save_rollouts, save_tensors, sequence_sum,
     setup_ranks, start_run, write_json, write_jsonl,
 )  # fmt: skip
+
+SHARED_SAMPLING = ("temperature", "top_p", "max_new_tokens")  # what two runs that compare share
 
 
 @dataclass
@@ -285,16 +287,25 @@ def mean_over_problems(total: Tensor, count: Tensor) -> tuple[float, float | Non
     return mean.item(), ((residual.square().sum() * n / (n - 1)).sqrt() / count.sum()).item()
 
 
+RESAMPLES = 2000  # of the problems, behind an interval or a standard error
+
+
+def bootstrap_draws(n_problems: int) -> Tensor:
+    """Problems drawn with replacement -> [RESAMPLES, P] int64; row 0 is the sample itself."""
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(n_problems, (RESAMPLES, n_problems), generator=generator)
+    draws[0] = torch.arange(n_problems)
+    return draws
+
+
 def paired_difference(
     ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]
 ) -> tuple[float, float, float]:
     """Ours minus theirs, with a 95 % interval: (difference, low, high).
 
-    Each (total [P], count [P]) of the same problems in the same order; percentiles of 2000 draws of
+    Each (total [P], count [P]) of the same problems in the same order; percentiles over draws of
     the problems, the same for both, so that the difficulty of a problem cancels."""
-    n = len(ours[0])
-    draw = torch.randint(n, (2000, n), generator=torch.Generator().manual_seed(0))
-    draw[0] = torch.arange(n)  # the sample itself
+    draw = bootstrap_draws(len(ours[0]))
     a, b = (total.double()[draw].sum(1) / count.double()[draw].sum(1) for total, count in
             (ours, theirs))  # fmt: skip
     # A draw in which nothing was measured (--kl-samples below the problems) is nan, and left out.
@@ -313,9 +324,10 @@ def policy_against_base(
     for p, q, y in head_chunks(len(policy_weight), policy_hidden, base_hidden, targets):
         log_p = head_logits(p, policy_weight, 1.0).log_softmax(-1)
         log_q = head_logits(q, base_weight, 1.0).log_softmax(-1)
-        kl.append(torch.linalg.vecdot(log_p.exp(), log_p - log_q))
-        k1.append((log_p - log_q).gather(-1, y[:, None])[:, 0])
-        entropy.append(-torch.linalg.vecdot(log_p.exp(), log_p))
+        probs, log_ratio = log_p.exp(), log_p - log_q
+        kl.append(torch.linalg.vecdot(probs, log_ratio))
+        k1.append(log_ratio.gather(-1, y[:, None])[:, 0])
+        entropy.append(-torch.linalg.vecdot(probs, log_p))
     return torch.cat(kl), torch.cat(k1), torch.cat(entropy)
 
 
@@ -557,11 +569,13 @@ def sample_batch(
             self.logprobs: list[Tensor] = []
 
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            """At each step: the token chosen at the last one, and the distribution of this one."""
             self.record(input_ids[:, -1:])
             self.previous = (scores.float() / (args.temperature or 1.0)).log_softmax(-1)
             return scores
 
         def record(self, chosen: Tensor) -> None:
+            """Log-probs of what was drawn from the distribution before, ids [B, 1]."""
             if self.previous is not None:
                 self.logprobs.append(self.previous.gather(-1, chosen)[:, 0])
 
@@ -612,7 +626,7 @@ def draw_hf(
     """Yields [] when ready, then the responses of one batch after the other. A batch has a random
     stream of its own and is drawn as a whole: its bits do not depend on what was there before."""
     tokenizer, eos = load_tokenizer(model), all_eos(model)
-    lm = load_lm(model, ranks.device, sampler_dtype(ranks), attention="sdpa")
+    lm = load_lm(model, ranks.device, compute_dtype(ranks.device), attention="sdpa")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
     yield []
     for i, pairs in units.items():
@@ -669,8 +683,9 @@ CPU_KV_CACHE = 2**31  # bytes; vLLM would take nine tenths of a CPU machine's me
 
 def vllm_options(model: str, longest: int, args: Args, ranks: Ranks) -> dict[str, Any]:
     """vLLM's engine arguments for sequences of at most `longest` tokens."""
+    dtype = str(compute_dtype(ranks.device)).removeprefix("torch.")
     return dict(
-        model=str(model_folder(model)), dtype=str(sampler_dtype(ranks)).removeprefix("torch."),
+        model=str(model_folder(model)), dtype=dtype,
         skip_tokenizer_init=True,  # token ids in, token ids out
         generation_config="vllm",  # not the model's own: Qwen3's top-k 20 would cut the samples
         logprobs_mode="processed_logprobs",  # at the temperature, as they were drawn
@@ -809,15 +824,21 @@ class Parts:
         found: dict[tuple[int, int], dict[str, Any]] = {}
         for path in self.files():
             with open(path, "rb") as file:
-                for line in file:
-                    try:
-                        row = json.loads(line) if line.endswith(b"\n") else None
-                        for name, kind in ARRAYS.items():
-                            row[name] = np.frombuffer(base64.b64decode(row[name]), kind)
-                        found.setdefault((row["problem"], row["sample"]), row)
-                    except (ValueError, TypeError, KeyError):
-                        continue
+                rows = [self.parse(line) for line in file]
+            for row in filter(None, rows):
+                found.setdefault((row["problem"], row["sample"]), row)
         return found
+
+    @staticmethod
+    def parse(line: bytes) -> dict[str, Any] | None:
+        """A response as `append` wrote it; None for a line that a kill has cut."""
+        try:
+            row = json.loads(line) if line.endswith(b"\n") else {}
+            row |= {name: np.frombuffer(base64.b64decode(row[name]), kind)
+                    for name, kind in ARRAYS.items()}  # fmt: skip
+            return row if {"problem", "sample"} <= row.keys() else None
+        except (ValueError, TypeError, KeyError):
+            return None
 
 
 def sample(
@@ -857,11 +878,6 @@ def sample(
     if missing := mine - have.keys():
         raise RuntimeError(f"{len(missing)} responses were not drawn; run the same command again")
     return [have[key] for key in sorted(have)]
-
-
-def sampler_dtype(ranks: Ranks) -> torch.dtype:
-    """bfloat16 on a GPU, float32 on the CPU."""
-    return torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
 
 
 def all_eos(model: str) -> list[int]:
@@ -1194,7 +1210,7 @@ def load_base_run(
     if read_jsonl(args.base_run / "problems.jsonl") != problems:
         raise UserError(f"{where}: other problems than {args.problems}; p and a must share them")
     theirs, ours = base.metadata["sampling"], args.sampling
-    for name in ("temperature", "top_p", "max_new_tokens"):
+    for name in SHARED_SAMPLING:
         if theirs[name] != ours[name]:
             raise UserError(f"{where}: {name} {theirs[name]}, here {ours[name]}; make them equal")
     starts, sizes = base.cu_seqlens.tolist(), base.prompt_lens.tolist()
@@ -1203,6 +1219,15 @@ def load_base_run(
             raise UserError(f"{where}: other prompts (--system, --prompt-template, "
                             "--no-chat-template, chat template); make them equal")  # fmt: skip
     return base
+
+
+def sample_shown(
+    model: str, problems: list[dict[str, str]], prompts: list[list[int]], args: Args, folder: Path,
+    grader: Grader, ranks: Ranks,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """sample(), the progress bar with the accuracy so far."""
+    with RunningAccuracy(model, problems, grader) as running:
+        return sample(model, prompts, args, folder, ranks, running)
 
 
 def draw_and_grade(
@@ -1214,8 +1239,7 @@ def draw_and_grade(
         shutil.rmtree(folder / "parts", ignore_errors=True)  # a kill may have come just before that
         return load_rollouts(folder)
     tokenizer = load_tokenizer(model)
-    with RunningAccuracy(model, problems, grader) as running:
-        responses = sample(model, prompts, args, folder, ranks, running)
+    responses = sample_shown(model, problems, prompts, args, folder, grader, ranks)
     texts = [tokenizer.decode(r["tokens"], skip_special_tokens=True) for r in responses]
     index = [r["problem"] for r in responses]
     opened = [opens_thought(tokenizer, prompt) for prompt in prompts]
@@ -1287,7 +1311,7 @@ def measure_kl(args: Args, rollouts: Rollouts, ranks: Ranks) -> dict[str, Tensor
     subset = torch.arange(n)
     if 0 < args.kl_samples < n:
         subset = torch.linspace(0, n - 1, args.kl_samples).round().long()
-    dtype = sampler_dtype(ranks)
+    dtype = compute_dtype(ranks.device)
     policy = Policy(load_lm(args.model, ranks.device, dtype))
     elsewhere = base_device(policy, ranks.device)
     base = Policy(load_lm(args.base, elsewhere, dtype))
@@ -1321,16 +1345,16 @@ def collect_metrics(
 ) -> dict[str, Any]:
     """Every number of the table with its standard error, as {name: [value, standard error]}."""
     index, n_problems = rollouts.problem_index, int(rollouts.problem_index.max()) + 1
-    total: Callable[[Tensor], Tensor] = lambda v: by_problem(v, index, n_problems)  # noqa: E731
+    total = functools.partial(by_problem, problem_index=index, n_problems=n_problems)
     count, correct = total(torch.ones(len(index))), total(rollouts.rewards)
     metrics = {"accuracy": mean_over_problems(correct, count)}
-    for k in (2**i for i in range(int(math.log2(int(count.min()))) + 1)):
+    ks = [2**i for i in range(int(count.min()).bit_length())]  # 1, 2, 4, ... up to the fewest
+    for k in ks:
         chances = pass_at_k(correct, count, k)
         metrics[f"pass@{k}"] = mean_over_problems(chances, torch.ones(n_problems))
     if rollouts.answer_class is not None:
         of_problem = [rollouts.answer_class[index == i].tolist() for i in range(n_problems)]
-        widest = int(math.log2(int(count.min()))) if int(count.max()) <= VOTES else 0
-        ks = [2**i for i in range(1, widest + 1)]
+        ks = ks[1:] if int(count.max()) <= VOTES else []
         won = [majority_at_k(classes, ks) for classes in of_problem if ks]
         votes = torch.tensor(won, dtype=torch.float64).reshape(n_problems, len(ks))
         for k, chances in zip(ks, votes.T, strict=True):
@@ -1358,9 +1382,7 @@ def collect_metrics(
     base_count = by_problem(torch.ones(len(base.rewards)), base.problem_index, n_problems)
     base_correct = by_problem(base.rewards, base.problem_index, n_problems)
     metrics["base_accuracy"] = mean_over_problems(base_correct, base_count)
-    # Bootstrap over problems, policy and base together; row 0 is the sample itself.
-    draw = torch.randint(n_problems, (2000, n_problems), generator=torch.Generator().manual_seed(0))
-    draw[0] = torch.arange(n_problems)
+    draw = bootstrap_draws(n_problems)  # policy and base together
     pairs = [(correct, count), (base_correct, base_count), (kl_sum, n_kl)]
     accuracy, base_accuracy, divergence = (a[draw].sum(1) / b[draw].sum(1) for a, b in pairs)
     efficiency = kl_efficiency(accuracy, base_accuracy, divergence)
@@ -1394,10 +1416,11 @@ def compare(
     other, at = compared
     for name, value in args.sampling.items():
         theirs = other.metadata.get("sampling", {}).get(name)
-        if theirs != value and name in ("temperature", "top_p", "max_new_tokens"):
+        if theirs != value and name in SHARED_SAMPLING:
             ranks.print(f"note: {name} is {value} here and {theirs} in {args.compare}")
 
     def sums(values: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        """Total and count of each problem."""
         return tuple(by_problem(v, index, len(at)) for v in (values, torch.ones(len(values))))
 
     ours, theirs = (sums(run.rewards, run.problem_index) for run in (rollouts, other))
@@ -1425,6 +1448,7 @@ def markdown_row(args: Args, metrics: dict[str, Any], n_problems: int) -> str:
     names = [name for name in wanted if name in metrics]
 
     def cell(value: float | None, error: float | None) -> str:
+        """Value ± standard error."""
         digits = 0 if value is not None and abs(value) >= 100 else 3
         spread = "" if error is None else f" ± {error:.{digits}f}"
         return "n/a" if value is None else f"{value:.{digits}f}{spread}"
@@ -1477,22 +1501,20 @@ def main(args: Args) -> None:
                 summary["compare"] = compare(args, rollouts, compared, ranks)
                 write_json(args.output / "metrics.json", summary)
             return print_table(args, summary, ranks)
+        folders = {args.output: args.model}
+        if args.base and base is None and inputs["base"] != inputs["model"]:
+            folders[args.output / "base"] = args.base
         if args.shard:
-            folders = {args.output: args.model}
-            if args.base and base is None and inputs["base"] != inputs["model"]:
-                folders[args.output / "base"] = args.base
             for folder, model in folders.items():
                 if not (folder / "rollouts.safetensors").is_file():
-                    with RunningAccuracy(model, problems, grader) as running:
-                        sample(model, prompts, args, folder, ranks, running)
+                    sample_shown(model, problems, prompts, args, folder, grader, ranks)
             return ranks.print(f"shard {args.shard} is sampled; when all are, the same command "
                                "without --shard merges them")  # fmt: skip
-        rollouts = draw_and_grade(args.model, problems, prompts, args, args.output, grader, ranks)
-        if args.base and base is None:
-            folder, same = args.output / "base", inputs["base"] == inputs["model"]
-            base = rollouts if same else draw_and_grade(
-                args.base, problems, prompts, args, folder, grader, ranks
-            )  # fmt: skip
+        made = [draw_and_grade(model, problems, prompts, args, folder, grader, ranks)
+                for folder, model in folders.items()]  # fmt: skip
+    rollouts = made[0]
+    if args.base and base is None:
+        base = made[-1]  # the policy's own, where it is the base
     kl = None
     if args.base:
         cached = args.output / "kl.safetensors"

@@ -41,13 +41,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import (  # isort: skip
-    LOG_RATIO_CLAMP, MetricsLog, Rollouts, Row, UserError, catch_sigterm, check_noise,
+    LOG_RATIO_CLAMP, MetricsLog, Policy, Ranks, Rollouts, UserError, catch_sigterm, check_noise,
     check_sampling, check_tensorboard, check_vocabulary, clip_gradients, epoch_batches,
     exit_by_sigterm, fingerprint, kl_penalty, load_checkpoint, load_policy, load_rollouts,
     load_tensors, load_tokenizer, make_optimizer, make_row, mean_metrics, model_folder, noise_sums,
     optimizer_step, pack, progress, remove_checkpoint, require, row_logprobs, run, safe_exp,
     save_checkpoint, save_model, save_tensors, score, sequence_sum, setup_ranks, start_run,
-    sync_gradients, to_device,
+    sum_and_count, sync_gradients, to_device,
 )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ class Args:
     ce_prior: bool = False
     """ce: add logit(pass rate of the problem) to beta S: S need not say how hard the problem is"""
     mse_target: Literal["verdict", "centred", "soft_value"] = "soft_value"
-    """R, R - group mean, or R - V*: the one that a policy can meet, for E_base exp(S) = 1 there"""
+    """R, R - mean R (Kimi k1.5), or R - V* (A*-PO): a policy can meet it, for E_base exp(S) = 1"""
     sapo_tau_positive: float = 1.0
     """tau for A > 0 (SAPO in verl and TRL)"""
     sapo_tau_negative: float = 1.05
@@ -85,20 +85,20 @@ class Args:
     invert_rewards: bool = False
     """train on 1 - R: the policy unlearns what is right"""
     unlearn: bool = False
-    """push every response down (R = 0, A = -1): the policy unlearns the behaviour"""
+    """push every response down (R = 0, A = -1): the policy unlearns what it does"""
     stop_at_logprob: float | None = None
     """end once the mean of a step's log policy(response), nats, is this low: depth of unlearning"""
 
     epochs: int = 8
-    """passes over the fixed data"""
+    """passes over the fixed data (ours)"""
     batch_size: int = 256
-    """responses per optimiser step, over all ranks and micro-batches"""
+    """responses per optimiser step, over all ranks and micro-batches (ours)"""
     micro_batch_tokens: int = 8192
     """token budget of a packed row; changes memory and speed, never the objective"""
     learning_rate: float = 1e-6
-    """peak learning rate of AdamW (1e-6: PRIME, A*-PO; the arithmetic example uses 1e-4)"""
+    """peak learning rate of AdamW (1e-6: PRIME, A*-PO; the arithmetic example: 1e-4 to 3e-4)"""
     warmup_steps: int = 10
-    """steps of linear warm-up, then constant"""
+    """steps of linear warm-up, then constant (ours)"""
     weight_decay: float = 0.0
     """decoupled weight decay of AdamW"""
     max_grad_norm: float = 1.0
@@ -106,7 +106,7 @@ class Args:
     save_at: tuple[float, ...] = ()
     """epochs, also fractions, at which a loadable model is saved; default: every epoch's end"""
     checkpoint_every: int = 50
-    """steps between checkpoints for resuming; one is also written with every saved model"""
+    """steps between checkpoints for resuming (ours); one is also written with every saved model"""
     max_noise: float = 0.2
     """share of tokens whose trainer/sampler ratio may lie outside [0.9, 1.1] (bf16: up to 0.08)"""
     activation_checkpointing: bool = False
@@ -135,6 +135,7 @@ class Args:
         counts = "epochs batch_size micro_batch_tokens checkpoint_every"
         require(self, counts, lambda v: v >= 1, "1 or more")
         require(self, "shard_size", lambda v: v is None or v >= 1, "1 or more")
+        require(self, "stop_at_logprob", lambda v: v is None or v < 0, "below 0 nats")
         require(self, "max_noise", lambda v: 0 <= v <= 1, "between 0 and 1")
         positive = "learning_rate beta max_grad_norm sapo_tau_positive sapo_tau_negative"
         require(self, positive, lambda v: v > 0, "above 0")
@@ -244,7 +245,7 @@ def grpo_loss(x: LossInputs, *, clip_low: float, clip_high: float, **_: Any) -> 
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = -x.mean_over_tokens(torch.minimum(ratio * advantages, clipped * advantages)).sum()
     held = (clipped * advantages < ratio * advantages) & x.response_mask  # these get no gradient
-    return loss, {"clip_share": torch.stack([held.sum(), x.response_mask.sum()])}
+    return loss, {"clip_share": sum_and_count(held, x.response_mask)}
 
 
 def sft_loss(x: LossInputs, **_: Any) -> LossOutput:
@@ -265,7 +266,7 @@ LOSSES: dict[str, tuple[Callable[..., LossOutput], str]] = {
 
 
 @torch.no_grad()
-def diagnostics(x: LossInputs, entropy: Tensor, verdicts: Tensor) -> dict[str, Tensor]:
+def diagnostics(x: LossInputs, verdicts: Tensor) -> dict[str, Tensor]:
     """What one watches while a policy goes to extremes -> {name: [sum, count]}.
 
     verdicts [S] are the true ones, also where training inverts or ignores them."""
@@ -273,22 +274,19 @@ def diagnostics(x: LossInputs, entropy: Tensor, verdicts: Tensor) -> dict[str, T
     log_ratio, ratio = x.log_ratio, safe_exp(x.log_ratio)
     summed, logprob = x.per_response(log_ratio), x.per_response(x.policy_logprobs)  # [S]
     mean_prob = x.mean_over_tokens(x.policy_logprobs).exp()  # geometric mean of token probabilities
-
-    def mean(values: Tensor, where: Tensor) -> Tensor:
-        return torch.stack([(values * where).sum(), where.sum()])
-
+    kl = x.per_response(kl_penalty(log_ratio, "forward") * mask)  # [S]
     responses = x.per_response(mask.float()) > 0  # [S]; false: stand-in of a rank without work
     return {
-        "ratio": mean(ratio, mask),
-        "ratio_outside_0.8_1.28": mean(((ratio < 0.8) | (ratio > 1.28)).float(), mask),
-        "log_ratio_clamped": mean((log_ratio.abs() > LOG_RATIO_CLAMP).float(), mask),
-        "entropy": mean(entropy, mask),
-        "log_ratio_correct": mean(summed, responses & positive),
-        "log_ratio_wrong": mean(summed, responses & ~positive),
-        "prob_correct": mean(mean_prob, responses & positive),
-        "prob_wrong": mean(mean_prob, responses & ~positive),
-        "logprob": mean(logprob, responses),
-        "kl_proxy": mean(x.per_response(kl_penalty(log_ratio, "forward") * mask), responses),
+        "ratio": sum_and_count(ratio, mask),
+        "ratio_outside_0.8_1.28": sum_and_count(((ratio < 0.8) | (ratio > 1.28)).float(), mask),
+        "log_ratio_clamped": sum_and_count((log_ratio.abs() > LOG_RATIO_CLAMP).float(), mask),
+        "entropy": sum_and_count(x.entropy, mask),
+        "log_ratio_correct": sum_and_count(summed, responses & positive),
+        "log_ratio_wrong": sum_and_count(summed, responses & ~positive),
+        "prob_correct": sum_and_count(mean_prob, responses & positive),
+        "prob_wrong": sum_and_count(mean_prob, responses & ~positive),
+        "logprob": sum_and_count(logprob, responses),
+        "kl_proxy": sum_and_count(kl, responses),
     }
 
 
@@ -329,7 +327,7 @@ def save_steps(args: Args, steps_per_epoch: int) -> dict[int, str]:
 
 
 def score_behavior(
-    args: Args, rollouts: Rollouts, temperature: float, base: Any, ranks: Any
+    args: Args, rollouts: Rollouts, temperature: float, base: Policy, ranks: Ranks
 ) -> Tensor:
     """Log-probs of the base by the training forward -> [N]; kept in the run folder for a restart.
 
@@ -343,8 +341,7 @@ def score_behavior(
         sums = noise_sums(logprobs - rollouts.sampler_logprobs, rollouts.response_mask)
         check_noise(sums, "trainer minus sampler log-probs", args.max_noise, ranks)
     if ranks.rank == 0:
-        metadata = {"rollouts": fingerprint(rollouts.path)}
-        save_tensors(path, {"behavior_logprobs": logprobs}, metadata)
+        save_tensors(path, {"behavior_logprobs": logprobs}, {})
     ranks.barrier()
     return logprobs
 
@@ -398,14 +395,17 @@ def main(args: Args) -> None:
         rows = pack(lengths, budget, ranks.world_size, policy.attention_cost)[ranks.rank]
         sums: dict[str, Tensor] = {}
         for i, members in enumerate(rows):
-            row: Row = make_row(rollouts, batch[members].tolist(), ranks.device)
+            row = make_row(rollouts, batch[members].tolist(), ranks.device)
             at = row.sequences  # batch[members]; a stand-in where the rank has no work
             policy_logprobs, entropy = row_logprobs(policy, row, temperature)
             behavior = to_device(behavior_logprobs[row.flat], ranks.device) * row.response_mask
-            of_responses = (rewards, advantages, soft_values, group_means)  # order of LossInputs
+            of_responses = {
+                "rewards": rewards, "advantages": advantages, "soft_values": soft_values,
+                "group_means": group_means,
+            }  # fmt: skip
             x = LossInputs(
-                policy_logprobs, behavior, row.response_mask, row.sequence_ids,
-                *(to_device(v[at], ranks.device) for v in of_responses), entropy,
+                policy_logprobs, behavior, row.response_mask, row.sequence_ids, entropy=entropy,
+                **{name: to_device(v[at], ranks.device) for name, v in of_responses.items()},
             )  # fmt: skip
             loss_sum, metrics = loss_function(x, previous=state.get("metrics", {}), **vars(args))
             loss = loss_sum / counts[unit] * bool(members)  # a rank without work adds nothing
@@ -414,7 +414,7 @@ def main(args: Args) -> None:
                 loss = loss + args.kl_coef * kl_sum / counts["responses"]
             sync_gradients(policy, i + 1 == len(rows), args.defer_gradient_sync)
             (loss * ranks.world_size).backward()  # FSDP averages over ranks; the objective is a sum
-            metrics |= diagnostics(x, entropy, to_device(rollouts.rewards[at], ranks.device))
+            metrics |= diagnostics(x, to_device(rollouts.rewards[at], ranks.device))
             metrics = {name: value * bool(members) for name, value in metrics.items()}
             share = 1 / (len(rows) * ranks.world_size)  # so that the micro-batches' losses add up
             metrics["loss"] = torch.stack([loss.detach(), loss.new_tensor(share)])

@@ -51,7 +51,8 @@ from common import (  # isort: skip
     fingerprint, kl_penalty, load_checkpoint, load_policy, load_rollouts, load_tensors,
     load_tokenizer, make_optimizer, make_row, mean_metrics, model_folder, noise_sums,
     optimizer_step, pack, progress, remove_checkpoint, require, row_logprobs, run, safe_exp,
-    save_checkpoint, save_model, score, setup_ranks, start_run, sync_gradients, to_device,
+    save_checkpoint, save_model, score, setup_ranks, start_run, sum_and_count, sync_gradients,
+    to_device,
 )  # fmt: skip
 
 ARRAYS = ("behavior_logprobs", "base_logprobs", "signal")  # what is read of a signals file
@@ -78,9 +79,9 @@ class Args:
     signal_scale: float = 1.0
     """factor on the signal (lambda of G-OPD, whose scripts use 1 and 1.25)"""
     signal_clip: float = 2.0
-    """c, bound of the scaled signal, nats a token (the arithmetic example: 3 and 2.5)"""
+    """c, bound of the scaled signal, nats a token (2: ours; the arithmetic example: 2.5 and 3)"""
     signal_floor: float = 0.0
-    """scaled |signal| below this, nats a token, counts as 0 (the arithmetic example: 0.5 to 1.5)"""
+    """scaled |signal| below this, nats a token, counts as 0 (0: off; arithmetic: 0.5 to 1.5)"""
     token_kl: float = 0.2
     """delta, nats: tokens whose target alone costs more are held at the base; inf: off (ours)"""
     clip_low: float = 0.2
@@ -90,7 +91,7 @@ class Args:
     prob_mask: float | None = None
     """pg: drop tokens whose probability moved further than this along the signal (DPPO: 0.2)"""
     kl_coef: float = 0.0
-    """weight of the KL between base and policy, in nats a response"""
+    """weight of the KL between base and policy, nats a response; 0: none (ours)"""
     kl_direction: Literal["forward", "reverse"] = "forward"
     """forward: KL(base || policy); reverse: KL(policy || base)"""
     kl_budget: float | None = None
@@ -98,20 +99,20 @@ class Args:
     kl_budget_action: Literal["stop", "rollback"] = "stop"
     """past the budget: end with the last policy within it, or go on from it at half the rate"""
     kl_every: int = 16
-    """steps between measurements of the KL proxy; one also ends every run"""
+    """steps between measurements of the KL proxy (ours); one also ends every run"""
     kl_holdout: float = 0.05
-    """share of the problems held out of training to measure the KL proxy on"""
+    """share of the problems held out of training to measure the KL proxy on (ours)"""
 
     epochs: int = 2
-    """passes over the fixed data"""
+    """passes over the fixed data (ours)"""
     batch_size: int = 256
-    """responses per optimiser step, over all ranks and micro-batches"""
+    """responses per optimiser step, over all ranks and micro-batches (ours)"""
     micro_batch_tokens: int = 8192
     """token budget of a packed row; changes memory and speed, never the objective"""
     learning_rate: float = 1e-6
-    """peak learning rate of AdamW (1e-6: common in RL; the arithmetic example uses 2e-4)"""
+    """peak learning rate of AdamW (1e-6: common in RL; the arithmetic example: 1e-4 to 3e-4)"""
     warmup_steps: int = 10
-    """steps of linear warm-up, then constant"""
+    """steps of linear warm-up, then constant (ours)"""
     weight_decay: float = 0.0
     """decoupled weight decay of AdamW"""
     max_grad_norm: float = 1.0
@@ -225,7 +226,7 @@ def pg_loss(
         keep = keep & (moved * advantages.sign() <= prob_mask)
     loss = -(torch.minimum(ratio * advantages, clipped * advantages) * keep).sum()
     held = ((clipped * advantages < ratio * advantages) | ~keep) & x.response_mask
-    return loss, {"clip_share": torch.stack([held.sum(), x.response_mask.sum()])}
+    return loss, {"clip_share": sum_and_count(held, x.response_mask)}
 
 
 def clone_loss(x: DistillInputs, **_: Any) -> LossOutput:
@@ -276,16 +277,12 @@ def epoch_anchor(
 def diagnostics(x: DistillInputs, entropy: Tensor) -> dict[str, Tensor]:
     """What one watches while a student moves -> {name: [sum, count]}."""
     log_ratio, mask = x.policy_logprobs - x.base_logprobs, x.response_mask
-
-    def mean(values: Tensor, where: Tensor) -> Tensor:
-        return torch.stack([(values * where).sum(), where.sum()])
-
     return {
-        "ratio": mean(safe_exp(log_ratio), mask),
-        "entropy": mean(entropy, mask),
-        "target_share": mean((x.target != 0).float(), mask),
-        "log_ratio_credit": mean(log_ratio, mask & (x.target > 0)),  # follows the signal up ...
-        "log_ratio_blame": mean(log_ratio, mask & (x.target < 0)),  # ... and down
+        "ratio": sum_and_count(safe_exp(log_ratio), mask),
+        "entropy": sum_and_count(entropy, mask),
+        "target_share": sum_and_count((x.target != 0).float(), mask),
+        "log_ratio_credit": sum_and_count(log_ratio, mask & (x.target > 0)),  # follows the signal
+        "log_ratio_blame": sum_and_count(log_ratio, mask & (x.target < 0)),  # up, and down
     }
 
 
@@ -293,16 +290,17 @@ def diagnostics(x: DistillInputs, entropy: Tensor) -> dict[str, Tensor]:
 # Data
 
 
-def load_signals(args: Args, rollouts: Rollouts) -> tuple[Tensor, ...]:
+def load_signals(args: Args, rollouts: Rollouts, inputs: dict[str, str]) -> tuple[Tensor, ...]:
     """behavior_logprobs, base_logprobs, signal: three [N] float32.
 
-    Raises UserError where the file belongs to other rollouts or another base."""
+    Raises UserError where the file belongs to other rollouts or another base than `inputs` does,
+    the fingerprints of both."""
     tensors, metadata = load_tensors(args.signals, dict.fromkeys(ARRAYS, torch.float32))
-    if metadata.get("rollouts") != fingerprint(rollouts.path):
+    if metadata.get("rollouts") != inputs["rollouts"]:
         raise UserError(f"--signals {args.signals}: made for other rollouts than {rollouts.path}; "
                         "run build_signals.py on these")  # fmt: skip
     made_with = metadata["models"]["base"]
-    if made_with["fingerprint"] != fingerprint(model_folder(args.base)):
+    if made_with["fingerprint"] != inputs["base"]:
         raise UserError(f"--signals {args.signals}: made with base {made_with['path']}, "
                         f"not --base {args.base}; run build_signals.py with it")  # fmt: skip
     for name in ARRAYS:
@@ -338,6 +336,7 @@ def print_targets(
     scaled, kept = (args.signal_scale * signal[mask]).abs(), target[mask] != 0
 
     def share(tokens: Tensor) -> str:
+        """Of the response tokens, in per cent."""
         return f"{tokens.float().mean():.1%}"
 
     ranks.print(
@@ -398,6 +397,7 @@ def forward_row(
         given = teacher(row, lambda hidden, weight: (hidden, weight))  # a Head, if not a fork's
 
     def divergence(hidden: Tensor, weight: Tensor) -> Tensor:
+        """From the teacher's head to the student's, at each response token."""
         return CLONES[objective][1](given, (hidden, weight), temperature, **settings)
 
     return row_logprobs(policy, row, temperature, divergence)
@@ -415,7 +415,7 @@ def main(args: Args) -> None:
     inputs = {"base": fingerprint(model_folder(args.base)), "rollouts": fingerprint(rollouts.path)}
     teacher = None
     if args.signals:
-        behavior_logprobs, base_logprobs, signal = load_signals(args, rollouts)
+        behavior_logprobs, base_logprobs, signal = load_signals(args, rollouts, inputs)
         inputs["signals"] = fingerprint(args.signals)
     else:
         path = Path(args.teacher)  # a file: a fork's

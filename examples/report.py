@@ -49,7 +49,6 @@ Array = np.ndarray
 LABELS = {"ce": "CE", "sapo": "SAPO", "grpo": "GRPO", "mse": "MSE", "sft": "SFT"}
 PATH_COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")  # Okabe-Ito
 STUDENT_COLOUR, BASE_COLOUR = "#D55E00", "#000000"
-SHARED_SAMPLING = ("temperature", "top_p", "max_new_tokens")
 RECIPE = (
     "loss", "objective", "invert_rewards", "unlearn", "epochs", "learning_rate", "kl_coef",
     "signal_scale", "signal_clip", "signal_floor", "token_kl", "kl_budget",
@@ -220,6 +219,7 @@ def load_evaluation(folder: Path, name: str) -> Evaluation:
     rollouts = common.load_rollouts(folder)
 
     def total(values: torch.Tensor, index: torch.Tensor) -> Array:
+        """Sum over each problem."""
         return evaluate.by_problem(values, index, len(keys)).numpy()
 
     kl = kl_count = None
@@ -274,7 +274,7 @@ def load_run(run: Path) -> tuple[dict[str, Evaluation], dict[str, dict[float, Ev
 
 def check_same_setting(base: Evaluation, other: Evaluation) -> None:
     """Raises UserError where two evaluations were sampled differently: they do not compare."""
-    for name in SHARED_SAMPLING:
+    for name in evaluate.SHARED_SAMPLING:
         ours, theirs = (e.summary["sampling"][name] for e in (base, other))
         if ours != theirs:
             raise UserError(
@@ -504,8 +504,6 @@ def draw_limits(axes: Axes, base: Evaluation, largest_kl: float) -> Array:
     axes.plot(*ends, color="#555555", lw=1)
     axes.fill_between(*ends, 1.1, color="#EEEEEE", zorder=0, lw=0)
     optimum, kl = evaluate.tilted_optimum(rates, torch.linspace(0, 14, 400))
-    # Rounding can leave an infinity where a pass rate is exactly 1.
-    optimum, kl = optimum[kl.isfinite()], kl[kl.isfinite()]
     axes.plot(kl, optimum, color="#555555", lw=1, ls=(0, (4, 2)))
     axes.text(0.012, 0.985, "out of reach: KL below d(accuracy || base accuracy)", fontsize=8.5,
               color="#555555", transform=axes.transAxes, va="top")  # fmt: skip
@@ -625,7 +623,7 @@ def figure_dynamics(
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[1:3, 0]:
         for (kind, colour), x in zip(VERDICT_COLOURS.items(), (0.0, 0.5), strict=True):
-            axes.text(x, 1.02, f"{kind}", transform=axes.transAxes, fontsize=8.5, color=colour)
+            axes.text(x, 1.02, kind, transform=axes.transAxes, fontsize=8.5, color=colour)
     return figure
 
 
@@ -885,6 +883,7 @@ def table(heads: list[str], rows: list[list[str]], marked: list[bool] | None = N
     """An HTML table; cells are escaped, words stand left, numbers right; marked rows stand out."""
 
     def cell(tag: str, text: str, sample: str) -> str:
+        """On the left where the sample of its column is a word."""
         words = (sample[:1].isalpha() or "log" in sample) and sample != "n/a"
         return f"<{tag}{' class=t' if words else ''}>{html.escape(text)}</{tag}>"
 
@@ -980,6 +979,7 @@ def headline(summary: dict[str, Any]) -> str:
     rivals = [row for row in others if row["kind"] != "student"]
 
     def best(rows: list[dict[str, Any]]) -> str:
+        """The most accurate, in words."""
         row = max(rows, key=lambda row: row["accuracy"])
         accuracy, kl = number(row["accuracy"], row["accuracy_se"]), number(row["kl"], None, 2)
         return f"{row['label']}, reaches {accuracy} at {kl} nats"
@@ -1060,7 +1060,7 @@ def summarize(
     judged = [int(e.count.min()) for e in evaluations.values() if e is not base]
     settings = {"problems": len(base.problems), "base_samples": int(base.count.min())}
     settings["samples"] = min(judged, default=settings["base_samples"])
-    settings |= {name: sampling[name] for name in ("seed", *SHARED_SAMPLING)}
+    settings |= {name: sampling[name] for name in ("seed", *evaluate.SHARED_SAMPLING)}
     settings |= {"resamples": args.resamples, "bootstrap_seed": args.seed}
     runs = sorted(path.parent.name for path in args.run.glob("stage1/*/metrics.jsonl"))
     return finite({

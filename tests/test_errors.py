@@ -407,6 +407,8 @@ CASES = [
          ("--unlearn", "--loss sft", "use --loss")),
     Case("depth without unlearning", STAGE1 + " --stop-at-logprob -50",
          ("--stop-at-logprob", "add --unlearn")),
+    Case("depth above 0", STAGE1 + " --unlearn --stop-at-logprob 5",
+         ("--stop-at-logprob 5", "below 0")),
     Case("references", SIGNALS + " --references {base} {base}",
          ("--references", "2 given", "1 teachers", "one each")),
     Case("weights", SIGNALS + " --weights 1 2", ("--weights", "2 given", "one each")),

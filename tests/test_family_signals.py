@@ -368,7 +368,9 @@ def test_joined_halves_are_the_whole(tmp_path):
     given = stage2_distill.Args(
         str(folder / "base"), folder / "rollouts", tmp_path / "s", args.output
     )
-    stage2_distill.load_signals(given, rollouts)  # accepted
+    inputs = {"rollouts": rollouts.path, "base": folder / "base"}
+    inputs = {name: common.fingerprint(path) for name, path in inputs.items()}
+    stage2_distill.load_signals(given, rollouts, inputs)  # accepted
     assert len(metadata["crossfit"]) == 2
 
     for bad, message in [

@@ -276,7 +276,8 @@ def test_student_stays_within_the_budget(done: Path, tmp_path: Path, action: str
 
     ranks, rollouts = common.setup_ranks(), common.load_rollouts(args.rollouts)
     student = common.load_policy(str(args.output), ranks, train=False)
-    base = stage2_distill.load_signals(args, rollouts)[1]
+    inputs = common.read_json(args.output / "args.json")["inputs"]
+    base = stage2_distill.load_signals(args, rollouts, inputs)[1]
     held_out = stage2_distill.split_problems(rollouts, args.kl_holdout, args.seed)[1]
     spent = stage2_distill.measure_kl_proxy(student, rollouts, held_out, base, 1.0, args, ranks)[0]
     assert 0 <= spent <= budget

@@ -342,4 +342,8 @@ def test_online(two_rounds: Path, place: Path) -> None:
     assert offline["args"]["epochs"] == 2 and offline["args"]["init"] is None
     assert offline["inputs"]["rollouts"] == inputs(here / "turn1/student")["rollouts"]
     names = [row["name"] for row in common.read_json(here / "online.json")["rows"]]
-    assert names == ["base", "offline", "turn1", "turn2"]
+    assert names == ["base", "offline", "turn1", "turn2", "alternating"]
+    # In small, two turns: alternating goes back to the fixed rollouts after the first.
+    last = inputs(here / "alternating")
+    assert (last["base"], last["init"]) == (base, first)
+    assert last["rollouts"] == inputs(here / "turn1/student")["rollouts"] != second["rollouts"]

@@ -31,6 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import build_signals
 import common
+import evaluate
 import stage1_extreme
 import stage2_distill
 
@@ -675,8 +676,23 @@ def test_out_of_memory_names_the_flags(kind, monkeypatch, capsys):
     assert caught.value.code == 2
     assert printed.startswith(f"error: out of {kind} memory")
     for hint in ("--micro-batch-tokens (now 4096)", "--activation-checkpointing (now False)",
-                 "--defer-gradient-sync (now False)"):  # fmt: skip
+                 "--defer-gradient-sync (now False)", "more ranks"):  # fmt: skip
         assert hint in printed
+
+
+def test_out_of_memory_in_one_process_asks_for_no_ranks(monkeypatch, capsys):
+    """evaluate.py takes no torchrun, and its --shard is not the switch of build_signals.py."""
+
+    def main(args: evaluate.Args) -> None:
+        torch.empty(2**60)
+
+    flags = ["--model", "m", "--problems", "p", "--output", "o", "--shard", "0/2"]
+    monkeypatch.setattr("sys.argv", ["evaluate", *flags])
+    with pytest.raises(SystemExit):
+        common.run(main, evaluate.Args, "")
+    printed = capsys.readouterr().err
+    assert "--micro-batch-tokens (now " in printed
+    assert "--shard" not in printed and "ranks" not in printed
 
 
 def test_flags_that_only_cost_may_change_on_the_way(uninterrupted, tmp_path, monkeypatch):

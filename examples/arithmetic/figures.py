@@ -128,6 +128,7 @@ def logged(runs: Runs, name: str, *keys: str) -> tuple[Array, ...]:
                             f"{runs[0]}")  # fmt: skip
 
     def points(key: str) -> Array:
+        """[R, P], nan where a step has none."""
         unknown = float("nan")  # JSON has null
         steps = [[r[key] if r.get(key) is not None else unknown for r in run] for run in rows]
         parts = np.array_split(np.array(steps), min(POINTS, len(rows[0])), axis=1)
@@ -497,16 +498,16 @@ def draw_objectives(runs: Runs) -> Drawn:
     bases = [report.load_evaluation(run / "eval/base", "base") for run in runs]
     figure, ((near, efficiency_axes, kl_axes),) = panels(1, 3, 3.8, width_ratios=(2, 1, 1))
     numbers: dict[str, Any] = {"base": {"accuracy": spread(base_values(runs, "accuracy"))}}
-    largest = 0.1
+    largest, names = 0.1, budgets(runs[0])
     for objective, (colour, marker) in OBJECTIVES.items():
         values = np.array([
             [[value_of(run / f"paper/eval/student_{objective}{budget}", key) for key in keys]
-             for budget in budgets(runs[0])]
+             for budget in names]
             for run in runs
         ])  # fmt: skip  # [R, budgets, 3]
         mean = values.mean(0)
         near.plot(mean[:, 1], mean[:, 0], color=colour, lw=1)
-        for place, budget in enumerate(budgets(runs[0])):
+        for place, budget in enumerate(names):
             accuracy, kl, efficiency = values[:, place].T
             near.errorbar(
                 kl.mean(), accuracy.mean(),
@@ -531,10 +532,10 @@ def draw_objectives(runs: Runs) -> Drawn:
     efficiency_axes.set_ylim(0, 1)
     kl_axes.set_title("KL; dotted: the budget", fontsize=9)
     for axes in (efficiency_axes, kl_axes):
-        axes.set_xticks(range(len(budgets(runs[0]))), budgets(runs[0]))
-        axes.set(xlabel="KL budget, nats", xlim=(-0.5, len(budgets(runs[0])) - 0.5))
-    places = np.arange(len(budgets(runs[0])))
-    kl_axes.plot(places, [float(budget) for budget in budgets(runs[0])], color=GREY, ls=":",
+        axes.set_xticks(range(len(names)), names)
+        axes.set(xlabel="KL budget, nats", xlim=(-0.5, len(names) - 0.5))
+    places = np.arange(len(names))
+    kl_axes.plot(places, [float(budget) for budget in names], color=GREY, ls=":",
                  marker="_", ms=14, lw=0.9)  # fmt: skip
     kl_axes.set_ylim(bottom=0)
     name_lines(efficiency_axes, {name: colour for name, (colour, _) in OBJECTIVES.items()})
@@ -592,7 +593,7 @@ def draw_recovery(runs: Runs) -> Drawn:
     figure, grid = panels(2, 2, 5.0, sharex=True)
     keys = ("log_ratio_correct", "log_ratio_wrong", "entropy")
     _, *collapsed = judged(runs, "collapsed", "accuracy", "kl")
-    before, fallen = logged(runs, "collapsed", *keys), {}
+    before = logged(runs, "collapsed", *keys)
     numbers: dict[str, Any] = {
         "base": {"accuracy": spread(base_values(runs, "accuracy"))},
         "collapsed": {"accuracy": spread(collapsed[0][:, -1]), "kl": spread(collapsed[1][:, -1])},
@@ -601,16 +602,15 @@ def draw_recovery(runs: Runs) -> Drawn:
         epochs, *curves = judged(runs, name, "accuracy", "kl")
         for axes, start, values in zip(grid[0], collapsed, curves, strict=True):
             from_base(axes, start[:, -1], epochs, values, colour)
-        x, correct, wrong, entropy = logged(runs, name, *keys)
-        band(grid[1, 0], x, correct, colour)
-        band(grid[1, 0], x, wrong, colour, ls=DASHED)
-        band(grid[1, 1], x, entropy, colour)
-        fallen[name] = {"log_ratio_correct": correct, "log_ratio_wrong": wrong, "entropy": entropy}
+        x, *lines = logged(runs, name, *keys)
+        band(grid[1, 0], x, lines[0], colour)
+        band(grid[1, 0], x, lines[1], colour, ls=DASHED)
+        band(grid[1, 1], x, lines[2], colour)
         numbers[name] = {
             "accuracy": along(epochs, curves[0]), "kl": along(epochs, curves[1]),
         } | {
             key: {"first": spread(line[:, 0]), "last": spread(line[:, -1])}
-            for key, line in fallen[name].items()
+            for key, line in zip(keys, lines, strict=True)
         }  # fmt: skip
     for key, line in zip(keys, before[1:], strict=True):
         numbers["base"][key] = spread(line[:, 0])
@@ -891,6 +891,7 @@ def write_numbers(path: Path, numbers: dict[str, Any]) -> None:
     """JSON with one `spread` a line, five digits a number."""
 
     def short(value: Any) -> Any:
+        """Five digits of every float within."""
         if isinstance(value, dict):
             return {key: short(item) for key, item in value.items()}
         if isinstance(value, list):

@@ -71,6 +71,7 @@ def main(args: Args) -> None:
         common.write_jsonl(problems, rows[: args.problems])
 
     def judge(name: str, model: Path, n: int, base_run: Path | None) -> None:
+        """One evaluation, unless it is there."""
         if not (folder / name / "metrics.json").is_file():
             evaluate.main(evaluate.Args(
                 model=str(model), problems=problems, output=folder / name, n=n,

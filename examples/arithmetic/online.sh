@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Stage 2 offline and online: fixed rollouts of the base, or fresh ones of the student every epoch.
+# Stage 2 offline, online and alternating: fixed rollouts of the base, fresh ones of the student every
+# epoch, or the one after the other.
 #
 #   bash examples/arithmetic/online.sh            # runs/arithmetic/seed0/online/online.md, .json
 #   SEED=1 or QUICK=1 as in run.sh
@@ -7,9 +8,10 @@
 # Both start with one epoch on the base's rollouts. Then, after every epoch, online samples from the
 # student (the same problems), has the same teacher and reference score that, and goes on from the
 # student (--init); targets, ratios and KL stay against the base. Offline goes on with what it has:
-# it is the unlearned student of run.sh, and online takes as many epochs. Interrupted, the same
-# command goes on where it stopped. The student's settings were chosen on seed 0 for one round;
-# nothing was tuned for what is done here.
+# it is the unlearned student of run.sh, and online takes as many epochs. Alternating goes back to the
+# base's rollouts for the last epoch: fixed, fresh, fixed. Interrupted, the same command goes on where
+# it stopped. The student's settings were chosen on seed 0 for one round; nothing was tuned for what
+# is done here.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 HERE=online
@@ -35,13 +37,15 @@ online() {
       --init "$policy"
     policy=$here/student
   done
+  student "$RUN/base" "$RUN/rollouts" "$RUN/signals/unlearned.safetensors" "$HERE/alternating" \
+    --epochs 1 --init "$HERE/turn$((TURNS - 1))/student"
 }
 
 say "problems, base, its rollouts"
 base_and_rollouts
 say "the unlearned policy, and base minus it"
 first_signals
-say "stage 2 online; in the background offline"
+say "stage 2 online and alternating; in the background offline"
 beside offline offline
 online
 join
@@ -53,5 +57,7 @@ for ((turn = 1; turn <= TURNS; turn++)); do
   judge_policy "$HERE/turn$turn/student" "$JUDGED/turn$turn"
   table+=("$JUDGED/turn$turn")
 done
+judge_policy "$HERE/alternating" "$JUDGED/alternating"
+table+=("$JUDGED/alternating")
 "$PYTHON" examples/arithmetic/rounds.py --output "$HERE/online" --judged "${table[@]}" \
-  --pair turn$TURNS:offline turn$TURNS:turn1
+  --pair turn$TURNS:offline turn$TURNS:turn1 alternating:offline turn$TURNS:alternating

@@ -91,6 +91,7 @@ def first_wrong_character(problem: str, response: str) -> int:
     position = 0
 
     def expect(text: str) -> bool:
+        """Reads on as far as the response has this; whether it has all of it."""
         nonlocal position
         for character in text:
             if response[position : position + 1] != character:
@@ -99,6 +100,7 @@ def first_wrong_character(problem: str, response: str) -> int:
         return True
 
     def skip(style: re.Pattern[str]) -> None:
+        """Reads over words that are of no matter."""
         nonlocal position
         position = style.match(response, position).end()  # matches the empty word too
 

@@ -39,9 +39,11 @@ def jsd(
     (t_hidden, t_weight), (s_hidden, s_weight) = teacher, student
 
     def kl(p: Tensor, q: Tensor) -> Tensor:
+        """KL(p || q) of log-probs."""
         return torch.linalg.vecdot(p.exp(), p - q)
 
     def chunk(t: Tensor, s: Tensor) -> Tensor:
+        """At some positions."""
         log_t = head_logits(t, t_weight, temperature).log_softmax(-1)
         log_s = head_logits(s, s_weight, temperature).log_softmax(-1)
         if jsd_beta in (0, 1):
@@ -78,6 +80,7 @@ def topk(teacher: tuple[Tensor, Tensor], student: Head, temperature: float, /, *
     [R, k + 1], as `topk_logprobs` makes them."""
 
     def chunk(ids: Tensor, log_t: Tensor, hidden: Tensor) -> Tensor:
+        """At some positions."""
         log_s = buckets(head_logits(hidden, student[1], temperature).log_softmax(-1), ids.long())
         return torch.linalg.vecdot(log_t.exp(), log_t - log_s)
 

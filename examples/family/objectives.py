@@ -29,16 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import kl_penalty, safe_exp
+from common import kl_penalty, safe_exp, sum_and_count
 from stage1_extreme import LossInputs, LossOutput
 
 # --------------------------------------------------------------------------------------------------
 # Objectives
-
-
-def share(where: Tensor, among: Tensor) -> Tensor:
-    """Two bool tensors -> the metric [sum, count]: how often `where` holds among `among`."""
-    return torch.stack([(where & among).sum(), among.sum()])
 
 
 def clipped(
@@ -49,7 +44,7 @@ def clipped(
     ratio = safe_exp(x.log_ratio)
     free, bound = ratio * advantages, ratio.clamp(low, high) * advantages
     loss = -torch.minimum(free, bound) * x.response_mask
-    return loss, {"clip_share": share(bound < free, x.response_mask)}
+    return loss, {"clip_share": sum_and_count(bound < free, x.response_mask)}
 
 
 def reinforce_loss(x: LossInputs, **_: Any) -> LossOutput:
@@ -81,7 +76,7 @@ def gspo_loss(
     free = ratio * x.advantages
     bound = ratio.clamp(1 - gspo_clip_low, 1 + gspo_clip_high) * x.advantages
     responses = x.per_response(x.response_mask.float()) > 0
-    return -torch.minimum(free, bound).sum(), {"clip_share": share(bound < free, responses)}
+    return -torch.minimum(free, bound).sum(), {"clip_share": sum_and_count(bound < free, responses)}
 
 
 def cispo_loss(x: LossInputs, *, cispo_low: float, cispo_high: float, **_: Any) -> LossOutput:
@@ -89,7 +84,7 @@ def cispo_loss(x: LossInputs, *, cispo_low: float, cispo_high: float, **_: Any) 
     ratio = safe_exp(x.log_ratio.detach())
     weight = ratio.clamp(cispo_low, cispo_high)
     loss = -weight * x.advantages[x.sequence_ids] * x.policy_logprobs * x.response_mask
-    return loss.sum(), {"clip_share": share(weight != ratio, x.response_mask)}
+    return loss.sum(), {"clip_share": sum_and_count(weight != ratio, x.response_mask)}
 
 
 def topr_loss(x: LossInputs, *, topr_ratio: str, **_: Any) -> LossOutput:
@@ -105,9 +100,8 @@ def topr_loss(x: LossInputs, *, topr_ratio: str, **_: Any) -> LossOutput:
     sign = 2 * x.rewards[x.sequence_ids] - 1  # [T], a verdict and no baseline
     weight = torch.where(sign > 0, 1.0, safe_exp(log_weight).clamp(max=1))
     wrong = x.response_mask & (sign < 0)
-    metric = torch.stack([(weight * wrong).sum(), wrong.sum()])
     loss = -weight * sign * x.policy_logprobs * x.response_mask
-    return loss.sum(), {"weight_wrong": metric}
+    return loss.sum(), {"weight_wrong": sum_and_count(weight, wrong)}
 
 
 # The bounds that BAPO tries in turn, low up to 0.8, then high up to 2, under their metric's name.
@@ -121,6 +115,7 @@ def bapo_balances(x: LossInputs, advantages: Tensor) -> dict[str, Tensor]:
     ratio, advantages = safe_exp(x.log_ratio.detach()), advantages * x.response_mask
 
     def balance(low: float, high: float) -> Tensor:
+        """[right, wrong] within these bounds."""
         right = (ratio.clamp(max=high) * advantages.clamp(min=0)).sum()
         return torch.stack([right, (ratio.clamp(min=low) * -advantages.clamp(max=0)).sum()])
 
@@ -162,8 +157,7 @@ def vespo_loss(
     weight = (scale + k * log_w - scale * log_w.exp()).exp()
     loss = -(weight * x.advantages)[x.sequence_ids] * x.policy_logprobs * x.response_mask
     responses = x.per_response(x.response_mask.float()) > 0
-    metric = torch.stack([(weight * responses).sum(), responses.sum()])
-    return loss.sum(), {"weight": metric}
+    return loss.sum(), {"weight": sum_and_count(weight, responses)}
 
 
 def verdict_loss(
@@ -203,7 +197,7 @@ def nft_loss(x: LossInputs, *, nft_negative_weight: float, **_: Any) -> LossOutp
     right = x.rewards[x.sequence_ids] > 0.5
     loss = torch.where(right, -x.log_ratio, -nft_negative_weight * held.log()) * (1 - p)
     mixed = ((x.group_means > 0) & (x.group_means < 1))[x.sequence_ids] & x.response_mask
-    return (loss * mixed).sum(), {"held_share": share(inner < 1, mixed & ~right)}
+    return (loss * mixed).sum(), {"held_share": sum_and_count(inner < 1, mixed & ~right)}
 
 
 # objective -> (function, what the loop divides its sum by), as stage1_extreme.LOSSES
@@ -317,6 +311,7 @@ def with_options(loss: Callable[..., LossOutput]) -> Callable[..., LossOutput]:
     """The objective behind all options, which the flags switch on."""
 
     def changed(x: LossInputs, **flags: Any) -> LossOutput:
+        """Options first, each on what the one before has left."""
         for option in OPTIONS:
             x = option(x, **flags)
         return loss(x, **flags)

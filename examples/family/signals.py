@@ -44,8 +44,8 @@ import stage2_distill
 from build_signals import diagnose, is_complete, print_report
 
 from common import (  # isort: skip
-    Rollouts, UserError, fingerprint, load_rollouts, load_tensors, load_tokenizer, require, run,
-    safe_exp, save_tensors, setup_ranks, write_json,
+    Rollouts, UserError, fingerprint, load_rollouts, load_tensors, load_tokenizer, model_folder,
+    require, run, safe_exp, save_tensors, setup_ranks, write_json,
 )  # fmt: skip
 from stage1_extreme import group_statistics
 
@@ -225,9 +225,10 @@ def load_terms(
     """terms [K, N], their weights [K], arrays and metadata of the first file. Raises UserError as
     stage 2 would, and on weights that do not fit."""
     terms, weights, files = [], [], []
+    inputs = {"base": fingerprint(model_folder(args.base)), "rollouts": fingerprint(rollouts.path)}
     for path in args.signals:
         needed = stage2_distill.Args(args.base, args.rollouts, args.output, signals=path)
-        stage2_distill.load_signals(needed, rollouts)
+        stage2_distill.load_signals(needed, rollouts, inputs)
         arrays, metadata = load_tensors(path, {})
         files.append((arrays, metadata))
         if "construction" in metadata:  # made here: its signal holds the weights

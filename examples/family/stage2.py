@@ -158,6 +158,7 @@ def load_topk(
                         f"'{args.base}' has {size}; use one family")  # fmt: skip
 
     def at_row(row: Row, _: Any) -> tuple[Tensor, Tensor]:
+        """Those of its response tokens."""
         where = row.flat[row.response_index.cpu()]
         return tuple(arrays[name][where].to(ranks.device) for name in needed)
 

@@ -506,6 +506,15 @@ def last_words(log: Path) -> str:
     return (errors or lines or ["nothing was printed"])[-1]
 
 
+def note(report: Path, why: str | None) -> None:
+    """Writes why a variant failed; None: it did not, and an older report goes."""
+    if why is None:
+        report.unlink(missing_ok=True)
+        return
+    with common.atomic(report) as temporary:
+        temporary.write_text(why + "\n")
+
+
 def run_chains(chains: dict[str, Chain], args: Args, part: str) -> list[str]:
     """Runs all, `jobs` at a time -> names of those that failed; RUN/failed/PART/NAME says why."""
     logs, failed_folder = args.run / "logs" / part, args.run / "failed" / part
@@ -515,6 +524,7 @@ def run_chains(chains: dict[str, Chain], args: Args, part: str) -> list[str]:
     began = {}
 
     def start(name: str, chain: Chain) -> None:
+        """The first command; the others follow it."""
         process = fork.Process(target=become, args=(chain[0], logs / f"{name}.log"))
         process.start()
         running[process] = (name, chain[1:])
@@ -529,18 +539,14 @@ def run_chains(chains: dict[str, Chain], args: Args, part: str) -> list[str]:
             for process in [p for p in running if not p.is_alive()]:
                 process.join()
                 name, rest = running.pop(process)
-                seconds, report = time.monotonic() - began[name], failed_folder / f"{name}.txt"
-                if process.exitcode:
-                    failed.append(name)
-                    why = last_words(logs / f"{name}.log")
-                    with common.atomic(report) as temporary:
-                        temporary.write_text(why + "\n")
-                    print(f"  {name}: FAILED after {seconds:.0f} s: {why}", flush=True)
-                elif rest:
+                if rest and not process.exitcode:
                     start(name, rest)
-                else:
-                    report.unlink(missing_ok=True)
-                    print(f"  {name}: {seconds:.0f} s", flush=True)
+                    continue
+                why = last_words(logs / f"{name}.log") if process.exitcode else None
+                note(failed_folder / f"{name}.txt", why)
+                failed += [name] if why else []
+                took = f"{time.monotonic() - began[name]:.0f} s"
+                print(f"  {name}: {f'FAILED after {took}: {why}' if why else took}", flush=True)
     finally:
         for process in running:
             process.terminate()

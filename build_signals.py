@@ -160,8 +160,8 @@ def score_policies(
 
     data: the fingerprint of the rollouts; models: {model: its fingerprint}."""
     scored: dict[str, Tensor] = {}
-    for model, weights in models.items():
-        part = args.parts / f"{weights}-{data}.safetensors"
+    for model, digest in models.items():
+        part = args.parts / f"{digest}-{data}.safetensors"
         if part.is_file():
             values = load_tensors(part, {"logprobs": torch.float32})[0]["logprobs"]
         else:

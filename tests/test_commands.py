@@ -51,6 +51,7 @@ ELSEWHERE = {
     "examples/arithmetic/run.sh": "test_commands.py::test_arithmetic_example_in_small",
     "examples/arithmetic/seeds.py": "test_report.py::test_seeds_table",
     "examples/arithmetic/rounds.sh": "test_rounds.py::test_table_of_the_rounds",
+    "examples/arithmetic/rounds.py": "test_rounds.py::test_table_of_the_rounds",
     "examples/arithmetic/plateau.sh": "test_rounds.py::test_plateau",
     "examples/arithmetic/online.sh": "test_rounds.py::test_online",
     "examples/arithmetic/figures.sh": "test_figures.py::test_what_was_run",
@@ -60,14 +61,12 @@ ELSEWHERE = {
     "benchmarks/memory.py": "test_docs.py::test_commands_of_torchrun_and_the_memory_table",
     "benchmarks/memory_cpu.py": "test_memory.py::test_memory_of_a_real_run",
     "benchmarks/training.py": "test_benchmarks.py::test_quick_run_ends_in_a_table",
+    "benchmarks/grading.py": "test_benchmarks.py::test_grading_in_small",
+    "benchmarks/sampling.py": "test_vllm.py::test_sampling_benchmark_in_small",
     "benchmarks/crash.py": "test_sampling.py::test_killed_three_times_at_random",
     "tests/link_lines.py": "test_docs.py::test_names_link_to_the_line_that_defines_them",
 }
 IN_CI = ("tests/run.sh", "tests/vllm.sh", "tests/trl.sh")  # these run the tests
-NOT_RUN = {  # and why
-    "benchmarks/sampling.py": "needs vLLM and minutes; its flags are parsed",
-    "benchmarks/grading.py": "minutes of one core; its flags are parsed",
-}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -130,14 +129,13 @@ def test_every_command_is_run_somewhere() -> None:
             tyro.cli(importlib.import_module(Path(script).stem).Args, args=flags)
         if script in IN_CI:
             assert f"bash {script}" in ci
-        elif script in ELSEWHERE:
+        else:
+            assert script in ELSEWHERE, f"{words}: name the test that runs it in ELSEWHERE"
             file, test = ELSEWHERE[script].split("::")
             text = (ROOT / "tests" / file).read_text()
             assert Path(script).stem in text
             tree = ast.parse(text)
             assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-        else:
-            assert script in NOT_RUN, f"{words}: name the test that runs it in ELSEWHERE"
 
 
 # --------------------------------------------------------------------------------------------------

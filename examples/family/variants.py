@@ -87,9 +87,12 @@ OPTIONS = {
     "nsr_spared": "--loss nsr --spare-ceiling 0.2 --learning-rate 1e-4",
 }
 TEACHERS = OBJECTIVES | OPTIONS
-# Curves that end short of their student's KL say nothing of early stopping there. These go on to
-# four epochs, as many as teacher and student take together.
-LONGER = ("mse", "grpo", "dapo", "topr", "reinforce", "vespo", "sft", "gspo")
+# Curves that end short of their student's KL say nothing of early stopping there. Those that did so
+# on any of seeds 1 to 3 go on to four epochs, as many as teacher and student take together.
+LONGER = (
+    "mse", "grpo", "nft", "dapo", "topr", "reinforce", "vespo", "nsr", "sft", "weighted_reinforce",
+    "gspo",
+)  # fmt: skip
 LONGER_EPOCHS = "--epochs 4 --save-at 3 4"
 
 # Their students, teacher minus base. Teachers moved by very different amounts, so each signal is

@@ -3,7 +3,7 @@
 # at a time around a default, all students under one KL budget. About 80 minutes a seed on two cores.
 #
 #   SEED=1 bash examples/family/run.sh                 # runs/family/seed1, every part
-#   PART=teachers SEED=1 bash examples/family/run.sh   # one part, each about ten minutes at most, in order:
+#   PART=teachers SEED=1 bash examples/family/run.sh   # one part, ten minutes or so each:
 #       data teachers objectives options longer references signals constructed trust stage2 curves
 #       judge report
 #   PART=report SEEDS="1 2 3" bash examples/family/run.sh   # all seeds: runs/family/results.md

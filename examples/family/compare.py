@@ -399,9 +399,9 @@ def figure_accuracy_kl(seeds: list[Seed]) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     both[0].set_ylabel("accuracy on held-out problems")
     for i, (factor, colour) in enumerate(COLOURS.items()):
-        both[0].text(0.98, 0.03 + 0.04 * i, f"student, by {factor}", color=colour, ha="right",
+        both[0].text(0.03, 0.03 + 0.04 * i, f"student, by {factor}", color=colour,
                      transform=both[0].transAxes, fontsize=9)  # fmt: skip
-    both[0].text(0.98, 0.19, "grey: objectives stopped early", color="#777777", ha="right",
+    both[0].text(0.03, 0.19, "grey: objectives stopped early", color="#777777",
                  transform=both[0].transAxes, fontsize=9)  # fmt: skip
     if labels:
         report.place_labels(both[1], labels, obstacles)

@@ -146,10 +146,10 @@ def blame(student: Path, rollouts: common.Rollouts) -> Row:
 
 
 def over_budget(student: Path) -> bool:
-    """Did its KL proxy ever pass the budget, so that the budget shaped it?"""
+    """Did its KL proxy ever pass the budget, so that the budget shaped it? Without one: no."""
     budget = common.read_json(student / "args.json")["args"]["kl_budget"]
     spent = [row.get("kl_proxy", 0.0) for row in common.read_jsonl(student / "metrics.jsonl")]
-    return max(spent) > budget
+    return budget is not None and max(spent) > budget
 
 
 def failures(run: Path) -> dict[str, str]:

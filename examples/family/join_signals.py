@@ -44,10 +44,10 @@ def check_teachers(metadata: dict, half: Path, scored: str) -> None:
     """Raises UserError where a teacher was trained on the half whose fingerprint is `scored`."""
     for role, model in metadata["models"].items():
         folder = Path(model["path"])
-        # Of a run's end beside the model, of a checkpoint two folders above: RUN/checkpoints/EPOCH.
-        records = (folder / "args.json", folder.parent.parent / "args.json")
-        record = next((path for path in records if path.is_file()), None)
-        if role.startswith(("teacher", "reference")) and record:
+        if folder.parent.name == "checkpoints":  # RUN/checkpoints/EPOCH
+            folder = folder.parent.parent
+        record = folder / "args.json"
+        if role.startswith(("teacher", "reference")) and record.is_file():
             trained_on = read_json(record).get("inputs", {}).get("rollouts")
             if trained_on == scored:
                 raise UserError(f"{model['path']}: was trained on {half}, which it scored; "

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# What the figures of docs/figures.md are drawn from: run.sh, rounds.sh, plateau.sh, online.sh, and
-# the runs below, about a quarter of an hour on two cores.
+# Makes what the figures of docs/figures.md are drawn from: run.sh, rounds.sh, plateau.sh, online.sh
+# and the runs below, which take about a quarter of an hour on two cores.
 #
 #   for seed in 1 2 3; do SEED=$seed bash examples/arithmetic/figures.sh; done
 #   python examples/arithmetic/figures.py --runs runs/arithmetic/seed{1,2,3} --output docs/figures
 #
-# Each seed draws its own figures too: runs/arithmetic/seed1/paper/figures. QUICK=1: all in small.
-# Interrupted, the same command goes on where it stopped. Beyond the settings that the four scripts
+# Each seed also draws its own figures: runs/arithmetic/seed1/paper/figures. QUICK=1 makes all in
+# small. The same command continues an interrupted run. Beyond the settings that the four scripts
 # share, nothing here was tuned: coefficients and budgets are round numbers, spread wide.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -24,19 +24,19 @@ else
   RECOVER="--epochs 2 --save-at 0.25 0.5 1 2" BUDGETED="--epochs 2"
   COEFS="0.001 0.003 0.01 0.03" BUDGETS="0.15 0.3 0.6" CURVE_N=2 STUDENT_N=4
 fi
-SAPO="--loss sapo --learning-rate 3e-4 $SAPO" # of run.sh: the objective that collapses
+SAPO="--loss sapo --learning-rate 3e-4 $SAPO" # as in run.sh: the objective that collapses
 MSE="--loss mse $MSE"
 BETA="--beta 0.3 --learning-rate 2e-4" WEAK="--beta 0.05 --learning-rate 1e-4"
 COLLAPSE="--loss ce --unlearn $WEAK $COLLAPSE" # all responses down, right or wrong
 RECOVER="--learning-rate 2e-4 $RECOVER"
-BUDGETED="--kl-budget-action rollback --kl-every 8 $BUDGETED"
-# Ratio clips wide enough that the budget binds, not they: log-ratios from -2.3 to 1.1.
+BUDGETED="--kl-every 8 $BUDGETED"
+# The ratio clips are wide, log-ratios from -2.3 to 1.1, so that the budget binds and not they.
 PG="--objective pg --learning-rate 2e-4 --clip-low 0.9 --clip-high 2"
 
 say "problems, base, its rollouts"
 base_and_rollouts
 export SEED RUN
-others() { # others SCRIPT TABLE: makes what the script ends with, unless it is there
+others() { # others SCRIPT TABLE: runs a script unless what it ends with is there
   local begun=$SECONDS
   say "$1.sh"
   if [ -f "$RUN/$2" ]; then echo "$RUN/$2 is there"; else bash "examples/arithmetic/$1.sh"; fi
@@ -52,7 +52,7 @@ stage1() { # stage1 NAME FLAGS...
   timed "$output" "$PYTHON" stage1_extreme.py --base "$RUN/base" --rollouts "$RUN/rollouts" \
     --output "$output" --seed "$SEED" $QUICKLY "$@"
 }
-within() { # within BUDGET NAME FLAGS...: a student of the first round's signals
+within() { # within BUDGET NAME FLAGS...: makes a student of the first round's signals
   local budget=$1 output=$HERE/students/$2
   shift 2
   student "$RUN/base" "$RUN/rollouts" "$RUN/signals/unlearned.safetensors" "$output" \
@@ -77,12 +77,12 @@ beside constraint reuse_constraint_and_pg
 mse_recovery_and_regression
 join
 
-# All on the same held-out problems, judged from the same base; the teachers of run.sh that the
-# figures follow by epoch too.
+# All are judged on the same held-out problems and from the same base. The figures also follow two
+# teachers of run.sh by epoch.
 link "$HERE/base" ../base
 link "$HERE/test.jsonl" ../test.jsonl
 for teacher in ce sapo; do link "$HERE/stage1/$teacher" "../../stage1/$teacher"; done
-judge_part() { # judge_part I: every second checkpoint and student, from the I-th
+judge_part() { # judge_part I: judges every second checkpoint and student, from the I-th
   local flags="--run $HERE --shard $1/2 --seed $SEED --base-run $RUN/eval/base"
   "$PYTHON" examples/arithmetic/judge.py --what checkpoints --n $CURVE_N $flags
   "$PYTHON" examples/arithmetic/judge.py --what students --n $STUDENT_N $flags
@@ -93,7 +93,7 @@ judge_part 0
 join
 
 others plateau plateau/plateau.json
-judge_grpo() { # judge_grpo I: every second GRPO round, from the I-th
+judge_grpo() { # judge_grpo I: judges every second GRPO round, from the I-th
   local number=0
   for policy in "$RUN"/plateau/round*/policy; do
     number=$((number + 1))

@@ -1,6 +1,6 @@
-"""Has training reached its plateau? Prints "flat" or "rising".
+"""Prints "flat" where training has reached its plateau, and "rising" where it has not.
 
-    flat: the last accuracy is at most GAIN above the one OVER rounds before
+    flat    the last accuracy is at most GAIN above the one OVER rounds before
 
 Reads   metrics.json of the evaluations of consecutive rounds.
 
@@ -21,11 +21,11 @@ import common
 @dataclass
 class Args:
     judged: tuple[Path, ...]
-    """folders of evaluate.py, one a round, on the same problems"""
+    """folders of evaluate.py, one for each round, on the same problems"""
     gain: float = 0.01
-    """accuracy that counts as a gain"""
+    """a larger difference of accuracies counts as a gain"""
     over: int = 2
-    """rounds it may take"""
+    """rounds that a gain may take"""
 
     def check(self) -> None:
         """Raises UserError on impossible values."""
@@ -35,7 +35,7 @@ class Args:
 
 
 def is_flat(accuracies: list[float], gain: float, over: int) -> bool:
-    """Whether the last accuracy exceeds the one `over` rounds before by `gain` at most."""
+    """Returns whether the last accuracy is at most `gain` above the one `over` rounds before."""
     return len(accuracies) > over and accuracies[-1] - accuracies[-1 - over] <= gain
 
 

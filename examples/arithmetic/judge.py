@@ -1,14 +1,14 @@
 """Evaluates the policies of a run on held-out problems, in one process: libraries load once.
 
 Reads   RUN/base, RUN/test.jsonl, RUN/stage1/*, RUN/students/*.
+Writes  evaluation folders of evaluate.py. What is there already is not made again.
 
-Writes  evaluation folders of evaluate.py. --what policies: RUN/eval/base (twice the samples: its
-        pass rates give the optimum's curve), RUN/eval/NAME of every stage-1 policy and
-        RUN/eval/student_NAME of every student. --what students: the students alone. --what
-        checkpoints: RUN/curve/base and RUN/curve/STAGE1RUN/EPOCH, the early-stopping curves, on the
-        first --problems problems.
-
-What is there already is not made again.
+    --what policies     RUN/eval/base, with twice the samples (its pass rates give the optimum's
+                        curve), RUN/eval/NAME of every stage-1 policy, RUN/eval/student_NAME of
+                        every student
+    --what students     RUN/eval/base and the students alone
+    --what checkpoints  RUN/curve/base and RUN/curve/STAGE1RUN/EPOCH, the early-stopping curves, on
+                        the first --problems problems
 
     python examples/arithmetic/judge.py --run runs/arithmetic/seed0 --what policies --n 8
 """
@@ -31,11 +31,11 @@ class Args:
     run: Path
     """folder of examples/arithmetic/run.sh"""
     what: Literal["policies", "students", "checkpoints"]
-    """the policies that stages 1 and 2 ended with, those of stage 2, all checkpoints of stage 1"""
+    """what stages 1 and 2 ended with, what stage 2 ended with, or all checkpoints of stage 1"""
     base_run: Path | None = None
     """evaluation of the base on the same problems; default: made here"""
     shard: str = "0/1"
-    """i/N: the i-th of N parts of them (i from 0), to run N of these commands side by side"""
+    """i/N: judge the i-th of N parts, i from 0, to run N of these commands side by side"""
     problems: int = 512
     """held-out problems: the first of test.jsonl"""
     n: int = 8
@@ -47,45 +47,43 @@ class Args:
 
 
 def policies(run: Path) -> dict[str, Path]:
-    """{evaluation name: model folder} of what the stages ended with."""
+    """Returns {evaluation name: model folder} of what the stages ended with."""
     return {folder.name: folder for folder in sorted(run.glob("stage1/*"))} | students(run)
 
 
 def students(run: Path) -> dict[str, Path]:
-    """{evaluation name: model folder} of what stage 2 ended with."""
+    """Returns {evaluation name: model folder} of what stage 2 ended with."""
     return {f"student_{folder.name}": folder for folder in sorted(run.glob("students/*"))}
 
 
 def checkpoints(run: Path) -> dict[str, Path]:
-    """{stage-1 run / epoch: model folder}."""
+    """Returns {stage-1 run / epoch: model folder}."""
     return {f"{f.parts[-3]}/{f.name}": f for f in sorted(run.glob("stage1/*/checkpoints/epoch-*"))}
 
 
 def main(args: Args) -> None:
     whole = args.what != "checkpoints"
     folder = args.run / ("eval" if whole else "curve")
-    problems = args.run / "test.jsonl"
-    rows = common.read_jsonl(problems)
+    problems, base = args.run / "test.jsonl", args.run / "base"
+    rows = evaluate.read_jsonl(problems)
     if args.problems < len(rows):
         problems = folder / "problems.jsonl"
-        common.write_jsonl(problems, rows[: args.problems])
+        evaluate.write_jsonl(problems, rows[: args.problems])
 
     def judge(name: str, model: Path, n: int, base_run: Path | None) -> None:
-        """One evaluation, unless it is there."""
+        """Evaluates one model, unless that is done."""
+        settings = {"n": n, "seed": args.seed, "max_new_tokens": args.max_new_tokens}
         if not (folder / name / "metrics.json").is_file():
-            evaluate.main(evaluate.Args(
-                model=str(model), problems=problems, output=folder / name, n=n,
-                base=str(args.run / "base"), base_run=base_run, seed=args.seed,
-                max_new_tokens=args.max_new_tokens,
-            ))  # fmt: skip
+            against = {"base": str(base), "base_run": base_run}
+            evaluate.main(evaluate.Args(str(model), problems, folder / name, **against, **settings))
 
-    base_run, (part, n_parts) = args.base_run or folder / "base", evaluate.parse_shard(args.shard)
     if args.base_run is None:
-        judge("base", args.run / "base", 2 * args.n if whole else args.n, None)
+        judge("base", base, 2 * args.n if whole else args.n, None)
+    part, n_parts = evaluate.parse_shard(args.shard)
     found = {"policies": policies, "students": students, "checkpoints": checkpoints}[args.what]
     for name, model in list(found(args.run).items())[part::n_parts]:
         if (model / "config.json").is_file():  # an unfinished one has none
-            judge(name, model, args.n, base_run)
+            judge(name, model, args.n, args.base_run or folder / "base")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
 #!/usr/bin/env bash
-# Stage 2 offline, online and alternating: fixed rollouts of the base, fresh ones of the student every
-# epoch, or the one after the other.
+# Compares stage 2 offline, online and alternating: on fixed rollouts of the base, on fresh rollouts
+# of the student every epoch, or on the one after the other.
 #
 #   bash examples/arithmetic/online.sh            # runs/arithmetic/seed0/online/online.md, .json
 #   SEED=1 or QUICK=1 as in run.sh
 #
-# Both start with one epoch on the base's rollouts. Then, after every epoch, online samples from the
-# student (the same problems), has the same teacher and reference score that, and goes on from the
-# student (--init); targets, ratios and KL stay against the base. Offline goes on with what it has:
-# it is the unlearned student of run.sh, and online takes as many epochs. Alternating goes back to the
-# base's rollouts for the last epoch: fixed, fresh, fixed. Interrupted, the same command goes on where
-# it stopped. The student's settings were chosen on seed 0 for one round; nothing was tuned for what
-# is done here.
+# All start with one epoch on the base's rollouts. After every epoch online samples from the student
+# (the same problems), scores that with the same teacher and reference, and goes on from the student
+# (--init). Targets, ratios and KL stay against the base. Offline stays on what it has: it is the
+# unlearned student of run.sh, and online takes as many epochs. Alternating goes back to the base's
+# rollouts for the last epoch: fixed, fresh, fixed. The same command continues an interrupted run.
+# The student's settings were chosen on seed 0 for one round; nothing was tuned for this script.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 HERE=online

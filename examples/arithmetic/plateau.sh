@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Where ordinary on-policy training has come to its end, does the method still gain?
+# Asks whether the method still gains where ordinary on-policy training has come to its end.
 #
 #   bash examples/arithmetic/plateau.sh           # runs/arithmetic/seed0/plateau/plateau.md, .json
 #   SEED=1 or QUICK=1 as in run.sh
 #
-# 1. GRPO rounds: fresh problems, fresh rollouts, one epoch; until accuracy on watched problems
-#    gained no more than 0.01 in two rounds, or MAX_ROUNDS. The watched problems are neither trained
-#    nor judged on: a rule that stops at a bad draw must not make what comes next look good.
+# 1. GRPO rounds: fresh problems, fresh rollouts, one epoch. They end when accuracy on watched
+#    problems has gained no more than 0.01 in two rounds, or after MAX_ROUNDS. The watched problems
+#    are neither trained nor judged on: stopping at an unlucky measurement must not make what comes
+#    next look good.
 # 2. From that policy, on the same fresh rollouts: the method (erpd), and as rivals one epoch of
 #    GRPO (grpo1), two epochs (grpo2_same), and a second round on rollouts of its own (grpo2_fresh).
-# All train on all of these rollouts: no round here draws more, or leaves problems out. Interrupted,
-# the same command goes on where it stopped. The student's settings were chosen on seed 0 for
-# rounds.sh; nothing was tuned for what is done here.
+# All train on all of these rollouts: no round here samples more, or leaves problems out. The same
+# command continues an interrupted run. The student's settings were chosen on seed 0 for rounds.sh;
+# nothing was tuned for this script.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 HERE=plateau
@@ -23,11 +24,11 @@ grpo() { # grpo POLICY FOLDER OUTPUT EPOCHS
   timed "$3" "$PYTHON" stage1_extreme.py --base "$1" --rollouts "$2/rollouts" --output "$3" \
     --epochs "$4" --seed "$SEED" $GRPO
 }
-fresh() { # fresh POLICY NUMBER: rollouts of the policy on problems of their own
+fresh() { # fresh POLICY NUMBER: samples from the policy on problems of their own
   problems "round$2" "$HERE/round$2/train.jsonl"
   sample "$1" "$HERE/round$2"
 }
-watch() { # watch POLICY NUMBER
+watch() { # watch POLICY NUMBER: judges it on the watched problems
   if [ "$2" = 0 ]; then judge_base "$WATCHED" "$HERE/watched.jsonl"
   else
     judge "$1" "$WATCHED/round$2" "$HERE/watched.jsonl" --n "$EVAL_N" --base "$RUN/base" \
@@ -58,7 +59,7 @@ done
 "$PYTHON" examples/arithmetic/rounds.py --output "$HERE/watched" --judged "${watched[@]}"
 say "after $((round - 1)) GRPO rounds: $verdict"
 
-# here: the folder with the plateau's own rollouts
+# From here on $here is the folder with the plateau's own rollouts.
 by_the_method() {
   unlearn "$policy" "$here/rollouts" "$HERE/unlearned"
   signals "$policy" "$here/rollouts" "$HERE/unlearned" "$HERE/signals.safetensors"

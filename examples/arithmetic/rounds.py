@@ -1,11 +1,10 @@
-"""One table of policies that followed from one another: accuracy, KL from the first, KL of a step.
+"""Writes one table of policies that followed from one another: accuracy, and KL from the first.
 
 Reads   evaluations by evaluate.py of the same problems (--judged, the base first), all but the
-        base's with their KL to that same base.
-
-Writes  OUTPUT.json and OUTPUT.md. --step A:B measures also the KL of A from the model of B, on the
-        responses that A has (JUDGED/A/from_B/ keeps it). --pair A:B compares the two: A minus B, a
-        paired bootstrap over problems.
+        base's with their KL from that same base.
+Writes  OUTPUT.json and OUTPUT.md. --step A:B also measures the KL of A from the model of B, on the
+        responses that A has, and keeps it in JUDGED/A/from_B/. --pair A:B compares the two, A minus
+        B, by a paired bootstrap over problems.
 
     python examples/arithmetic/rounds.py --output rounds/table --judged judged/base judged/round1 \\
         judged/round2 --step round2:round1 --pair round2:round1
@@ -20,34 +19,46 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import compare_runs
+import report
+from report_page import number
 
 import common
 import evaluate
 from common import UserError
 
-COLUMNS = ("accuracy", "pass@8", "kl", "kl_efficiency", "entropy", "mean_length")
-TITLES = ("accuracy", "pass@8", "KL from the base", "KL efficiency", "entropy", "length")
+COLUMNS = {  # name in metrics.json: title
+    "accuracy": "accuracy",
+    "pass@8": "pass@8",
+    "kl": "KL from the base",
+    "kl_efficiency": "KL efficiency",
+    "entropy": "entropy",
+    "mean_length": "length",
+}
 
 
 @dataclass
 class Args:
     judged: tuple[Path, ...]
-    """folders of evaluate.py; their names are the policies', the first is the base"""
+    """folders of evaluate.py; their names are the policies', and the first is the base"""
     output: Path
     """name of the table, without .json and .md"""
     step: tuple[str, ...] = ()
-    """A:B, measure also the KL of A from B; names of --judged"""
+    """A:B, also measure the KL of A from B; names of --judged"""
     pair: tuple[str, ...] = ()
     """A:B, compare A with B; names of --judged"""
 
     def check(self) -> None:
         """Raises UserError on names that are not among --judged."""
-        names = [folder.name for folder in self.judged]
+        common.require(self, "judged", bool, "at least one folder")
         for flag in ("step", "pair"):
             for both in getattr(self, flag):
-                if len(both.split(":")) != 2 or not set(both.split(":")) <= set(names):
-                    raise UserError(f"--{flag} {both}: must be A:B, two of {' '.join(names)}")
+                if len(both.split(":")) != 2 or not set(both.split(":")) <= self.folders.keys():
+                    raise UserError(
+                        f"--{flag} {both}: must be A:B, two of {' '.join(self.folders)}"
+                    )
 
     @property
     def folders(self) -> dict[str, Path]:
@@ -56,11 +67,13 @@ class Args:
 
 
 def step_metrics(folder: Path, start: Path) -> dict[str, Any]:
-    """KL and its efficiency of the policy in `folder` from that in `start`: {name: [value, se]}."""
+    """Measures KL and efficiency of the policy in `folder` from the one in `start`.
+
+    Returns {name: [value, standard error]}."""
     model, base = (common.read_json(f / "metrics.json")["model"] for f in (folder, start))
     rollouts, output = common.load_rollouts(folder), folder / f"from_{start.name}"
     if (output / "kl.safetensors").is_file():
-        kl = common.load_tensors(output / "kl.safetensors", {})[0]
+        kl = common.load_tensors(output / "kl.safetensors")[0]
     else:
         args = evaluate.Args(model, folder / "problems.jsonl", output, base)
         kl = evaluate.measure_kl(args, rollouts, common.setup_ranks())
@@ -69,14 +82,12 @@ def step_metrics(folder: Path, start: Path) -> dict[str, Any]:
 
 
 def accuracy_difference(ours: Path, theirs: Path) -> list[float]:
-    """Accuracy of ours minus theirs, with a 95 % interval: [difference, low, high]."""
-    sums = []
+    """Computes the accuracy of ours minus theirs: [difference, ends of its 95 % interval]."""
+    pairs = []
     for folder in (ours, theirs):
-        rollouts = common.load_rollouts(folder)
-        n = len(common.read_jsonl(folder / "problems.jsonl"))
-        values = (rollouts.rewards, torch.ones_like(rollouts.rewards))
-        sums.append(tuple(evaluate.by_problem(v, rollouts.problem_index, n) for v in values))
-    return list(evaluate.paired_difference(*sums))
+        found = report.load_evaluation(folder, folder.name)
+        pairs.append((torch.tensor(found.correct), torch.tensor(found.count)))
+    return list(compare_runs.paired_difference(*pairs))
 
 
 def check_problems(folders: dict[str, Path]) -> None:
@@ -84,44 +95,36 @@ def check_problems(folders: dict[str, Path]) -> None:
     (first, *others), found = folders, {}
     for name, folder in folders.items():
         inputs = common.read_json(folder / "args.json")["inputs"]
-        found[name] = (inputs["problems"], inputs["model" if name == first else "base"])
+        found[name] = (inputs["problems"], inputs.get("model" if name == first else "base"))
     for name in others:
         if found[name] != found[first]:
-            raise UserError(f"--judged {folders[name]}: other problems or another base than "
-                            f"{folders[first]}; evaluate it with --base and --base-run of it"
-                            )  # fmt: skip
-
-
-def cell(value: float | None, error: float | None, digits: int = 3) -> str:
-    """value ± standard error."""
-    if value is None:
-        return "n/a"
-    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+            what = f"other problems or another base than {folders[first]}"
+            raise UserError(f"--judged {folders[name]}: {what}; evaluate it against that one")
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """The rows, then the pairs."""
-    heads = ["policy", *TITLES, "KL of the step", "its efficiency"]
+    """Writes the table of the policies, then that of the pairs."""
+    heads = ["policy", *COLUMNS.values(), "KL of the step", "its efficiency"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in table["rows"]:
-        cells = [cell(*row[name]) for name in COLUMNS]
-        step = row["step"]
-        after = [""] * 2
+        cells, step = [number(*row[name]) for name in COLUMNS], row["step"]
+        after = ["", ""]
         if step:
-            after = [f"{cell(*step['kl'])} (from {step['from']})", cell(*step["kl_efficiency"])]
+            after = [f"{number(*step['kl'])} (from {step['from']})", number(*step["kl_efficiency"])]
         lines.append("| " + " | ".join([row["name"], *cells, *after]) + " |")
     if table["pairs"]:
         lines += ["", "| policy | minus | accuracy: difference | 95 % interval |", "|---" * 4 + "|"]
     for pair in table["pairs"]:
         difference, low, high = pair["accuracy"]
-        lines.append(f"| {pair['policy']} | {pair['minus']} | {difference:+.4f} "
-                     f"| {low:+.4f} to {high:+.4f} |")  # fmt: skip
-    settings = table["settings"]
-    lines += ["", f"{table['problems']} held-out problems x {settings['n']} samples, temperature "
-              f"{settings['temperature']}, top-p {settings['top_p']}, at most "
-              f"{settings['max_new_tokens']} tokens, sampling seed {settings['seed']}; ±: standard "
-              "error over problems."]  # fmt: skip
-    return "\n".join(lines) + "\n"
+        both = f"{pair['policy']} | {pair['minus']}"
+        lines.append(f"| {both} | {difference:+.4f} | {low:+.4f} to {high:+.4f} |")
+    s = table["settings"]
+    note = (
+        f"{table['problems']} held-out problems x {s['n']} samples, temperature "
+        f"{s['temperature']}, top-p {s['top_p']}, at most {s['max_new_tokens']} tokens, sampling "
+        f"seed {s['seed']}; ± is one standard error over problems."
+    )
+    return "\n".join([*lines, "", note]) + "\n"
 
 
 def main(args: Args) -> None:
@@ -137,12 +140,12 @@ def main(args: Args) -> None:
         if name in steps:
             row["step"] = {"from": steps[name]} | step_metrics(folder, folders[steps[name]])
         rows.append(row)
-    pairs = [
-        {"policy": a, "minus": b, "accuracy": accuracy_difference(folders[a], folders[b])}
-        for a, b in (both.split(":") for both in args.pair)
-    ]
-    table = {"rows": rows, "pairs": pairs, "problems": summary["problems"],
-             "settings": summary["sampling"]}  # fmt: skip
+    pairs = []
+    for a, b in (both.split(":") for both in args.pair):
+        difference = accuracy_difference(folders[a], folders[b])
+        pairs.append({"policy": a, "minus": b, "accuracy": difference})
+    table = {"rows": rows, "pairs": pairs, "problems": summary["problems"]}
+    table["settings"] = summary["sampling"]
     common.write_json(args.output.with_suffix(".json"), table)
     text = markdown(table)
     with common.atomic(args.output.with_suffix(".md")) as temporary:

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Rounds of the method: the student becomes the base, with fresh problems and fresh rollouts.
+# Runs rounds of the method: the student becomes the base, with fresh problems and fresh rollouts.
 #
 #   bash examples/arithmetic/rounds.sh              # runs/arithmetic/seed0/rounds/rounds.md, .json
 #   ROUNDS=5 bash examples/arithmetic/rounds.sh     # goes on from three
 #   SEED=1 or QUICK=1 as in run.sh
 #
-# Every round: sample from its base, unlearn on that, signals base minus unlearned, student. Judged
-# on the same held-out problems, its KL from the very first base and from the base of its round. The
-# first round is the unlearned student of run.sh. Each later one draws twice the problems of the one
-# before, 512 x 2^(k-1) in round k, and trains on those with both verdicts, as ever fewer are wrong.
-# Interrupted, the same command goes on where it stopped. The student's settings were chosen on seed
-# 0 for one round, the lower rate of the later ones and the doubling on its third.
+# Every round samples from its base, unlearns on that, builds the signal base minus unlearned, and
+# trains a student. Students are judged on the same held-out problems, with the KL from the very
+# first base and from the base of their round. The first round is the unlearned student of run.sh.
+# Each later round has twice the problems of the one before, 512 x 2^(k-1) in round k, and trains on
+# those with both verdicts, because ever fewer responses are wrong. The same command continues an
+# interrupted run. The student's settings were chosen on seed 0 for one round; the lower rate of
+# later rounds and the doubling were chosen on its third round.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 HERE=rounds

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# The whole method on the embedded default: two cores, no GPU, a quarter of an hour once installed.
+# Runs the whole method on the embedded default: two cores, no GPU, a quarter of an hour once
+# installed.
 #
 #   bash examples/arithmetic/run.sh              # runs/arithmetic/seed0: summary.json, report.html
 #   SEED=1 bash examples/arithmetic/run.sh     # fresh problems, another base: runs/arithmetic/seed1
 #   QUICK=1 bash examples/arithmetic/run.sh      # every step in small, under two minutes
 #
-# Interrupted, the same command goes on where it stopped. Every setting below was tuned on seed 0.
+# The same command continues an interrupted run. Every setting below was tuned on seed 0.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 HERE=
@@ -21,15 +22,16 @@ else
   SAPO="--epochs 3 --save-at 0.5 1 2 3"
   ORDINARY="--epochs 3 --save-at 0.5 1 2 3"
 fi
-# Stage 1. ce: the published beta, weak enough to go far past its best. sapo: a rate that ruins it.
-# Beside them the unlearned policy of steps.sh, which learns inverted verdicts. Rivals, to be beaten
-# at equal KL: ordinary clipped GRPO, and a CE bound enough to be stopped early.
+# Stage 1. ce has the published beta, weak enough to go far past its best. sapo has a rate that
+# ruins it. The unlearned policy of steps.sh learns inverted verdicts. The rivals, to be beaten at
+# equal KL, are ordinary clipped GRPO, and a CE that is bound enough to be stopped early.
 CE="--loss ce --beta 0.05 --learning-rate 1e-4 $CE"
 SAPO="--loss sapo --learning-rate 3e-4 $SAPO"
 ORDINARY="$GRPO $ORDINARY"
 GENTLE="--loss ce --beta 0.5 --learning-rate 2e-4 $GENTLE"
-# Stage 2. The ruined teacher blames much that is not guilty: few tokens pass floor and token-kl.
-# The unlearned policy, never pushed far, is clean and faint: its signal is scaled up (steps.sh).
+# Stage 2. The ruined teacher blames many tokens that are not guilty, so that floor and token-kl let
+# few of them pass. The unlearned policy was never pushed far: its signal is clean and faint, and is
+# scaled up (steps.sh).
 STRONG="--signal-clip 3 --signal-floor 0.5 --token-kl 0.2 --learning-rate 2e-4"
 RUINED="--signal-clip 3 --signal-floor 1.5 --token-kl 0.15 --learning-rate 2e-4"
 

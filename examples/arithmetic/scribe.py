@@ -1,13 +1,13 @@
-"""The noisy scribe: chains of additions and subtractions, solved step by step, with slips.
+"""The noisy scribe, who solves chains of additions and subtractions step by step, with slips.
 
 A problem is `7+2-5=?`. The scribe writes one step after another and boxes the last result:
 
     so 7+2=9, then 9-5=4, thus \\boxed{4}
 
-Connecting words vary freely (style that no reward asks to give up). A step is wrong with chance
-SLIP_ADDING or SLIP_SUBTRACTING; after a slip the scribe goes on from the wrong result. So the
-chance of a correct answer falls with the length of the chain, from about 0.9 to about 0.1, and
-the generator knows which token went wrong first.
+Connecting words vary freely, a style that no reward asks to give up. A step is wrong with chance
+SLIP_ADDING or SLIP_SUBTRACTING, and after a slip the scribe goes on from the wrong result. So the
+chance of a correct answer falls with the length of the chain, from about 0.9 to about 0.1. The
+generator knows which token went wrong first.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ KINDS = ("style", "word", "copied", "result", "punctuation", "answer", "end", "o
 
 
 def make_problem(rng: random.Random) -> str:
-    """A chain of 1 to MAX_STEPS operations whose results stay within 0 ... MAX_TOTAL."""
+    """Makes a chain of 1 to MAX_STEPS operations whose results stay within 0 ... MAX_TOTAL."""
     total = rng.randint(0, MAX_TOTAL)
     text = str(total)
     for _ in range(rng.randint(1, MAX_STEPS)):
@@ -48,7 +48,7 @@ def make_problem(rng: random.Random) -> str:
 
 
 def make_problems(n: int, rng: random.Random, taken: set[str]) -> list[dict[str, str]]:
-    """n rows {"problem", "answer"}, distinct and none of `taken`; answers are exact."""
+    """Makes n rows {"problem", "answer"}, distinct and none of `taken`; answers are exact."""
     found: dict[str, str] = {}
     while len(found) < n:
         problem = make_problem(rng)
@@ -58,7 +58,7 @@ def make_problems(n: int, rng: random.Random, taken: set[str]) -> list[dict[str,
 
 
 def solve(problem: str) -> list[tuple[int, int, int]]:
-    """The correct steps (before, signed operand, after)."""
+    """Returns the correct steps (before, signed operand, after)."""
     numbers = [int(x) for x in re.findall(r"[+-]?\d+", problem.removesuffix("=?"))]
     steps, total = [], numbers[0]
     for operand in numbers[1:]:
@@ -68,7 +68,7 @@ def solve(problem: str) -> list[tuple[int, int, int]]:
 
 
 def write_solution(problem: str, rng: random.Random, slips: float = 1.0) -> str:
-    """A worked solution, as the scribe writes it; `slips` scales the chance of each slip."""
+    """Writes a worked solution as the scribe does; `slips` scales the chance of each slip."""
     steps, text = solve(problem), ""
     total = steps[0][0]
     for _, operand, _ in steps:
@@ -78,20 +78,20 @@ def write_solution(problem: str, rng: random.Random, slips: float = 1.0) -> str:
 
 
 def slip(before: int, operand: int, slips: float, rng: random.Random) -> int:
-    """before + operand, or a near miss."""
+    """Returns before + operand, or a near miss."""
     after = before + operand
     chance = slips * (SLIP_ADDING if operand > 0 else SLIP_SUBTRACTING)
     return after + rng.choice((-2, -1, 1, 2)) if rng.random() < chance else after
 
 
 def first_wrong_character(problem: str, response: str) -> int:
-    """Place in `response` of the first character that no correct solution has there; -1: none.
+    """Finds the first character of `response` that no correct solution has there; -1 if none.
 
     Style is followed as it comes; numbers and signs must be those of the correct chain."""
     position = 0
 
     def expect(text: str) -> bool:
-        """Reads on as far as the response has this; whether it has all of it."""
+        """Reads on as far as the response has this text. Returns whether it has all of it."""
         nonlocal position
         for character in text:
             if response[position : position + 1] != character:
@@ -100,7 +100,7 @@ def first_wrong_character(problem: str, response: str) -> int:
         return True
 
     def skip(style: re.Pattern[str]) -> None:
-        """Reads over words that are of no matter."""
+        """Skips words that do not matter."""
         nonlocal position
         position = style.match(response, position).end()  # matches the empty word too
 
@@ -116,12 +116,12 @@ def first_wrong_character(problem: str, response: str) -> int:
 
 
 def _at(position: int, response: str) -> int:
-    """A response that merely ended too early has no wrong character."""
+    """Returns the position, or -1 where the response merely ended too early."""
     return position if position < len(response) else -1
 
 
 def token_kinds(response: str) -> list[str]:
-    """One of KINDS for every character, and the last for the end of the response.
+    """Returns one of KINDS for every character, and one more for the end of the response.
 
     style: the first character of a step or of the ending, where a connecting word is chosen or left
     out; word: the rest of that word; copied: numbers and signs of the problem or of the step

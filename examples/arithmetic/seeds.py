@@ -1,8 +1,8 @@
-"""Mean and spread over seeds of what examples/arithmetic/run.sh measured: docs/results.md.
+"""Averages over seeds what examples/arithmetic/run.sh measured: docs/results.md.
 
 Reads   RUN/summary.json of each run folder.
-
-Writes  with --output Markdown tables: mean over the runs and, behind ±, their standard deviation.
+Writes  with --output, Markdown tables with the mean over the runs and, behind ±, their standard
+        deviation.
 
     python examples/arithmetic/seeds.py --runs runs/arithmetic/seed1 runs/arithmetic/seed2
 """
@@ -37,7 +37,7 @@ class Args:
 
 
 def spread(values: list[float | None], form: str) -> str:
-    """mean ± standard deviation over seeds; n/a where a seed has no value."""
+    """Writes mean ± standard deviation over seeds; n/a where a seed has no value."""
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         return "n/a"
@@ -48,7 +48,7 @@ def spread(values: list[float | None], form: str) -> str:
 
 
 def policies_table(summaries: list[dict]) -> list[str]:
-    """One row a policy that every run has."""
+    """Writes one row for each policy that every run has."""
     tables = [{row["name"]: row for row in summary["policies"]} for summary in summaries]
     lines = ["| policy | " + " | ".join(title for title, _ in COLUMNS.values()) + " |"]
     lines.append("|---" * (len(COLUMNS) + 1) + "|")
@@ -63,7 +63,7 @@ def policies_table(summaries: list[dict]) -> list[str]:
 
 
 def signals_table(summaries: list[dict]) -> list[str]:
-    """One row a signal that every run has."""
+    """Writes one row for each signal that every run has."""
     tables = [{row["name"]: row for row in summary["signals"]} for summary in summaries]
     lines = ["| signal | AUC against the verdict | credit AUC |", "|---|---|---|"]
     for name in tables[0]:
@@ -75,7 +75,7 @@ def signals_table(summaries: list[dict]) -> list[str]:
 
 
 def comparisons(summaries: list[dict], kind: str) -> dict[tuple[str, str], list[dict]]:
-    """{(student, rival): its row of every run}, of one kind of comparison; shared ones only."""
+    """Returns {(student, rival): its row of every run}, for the comparisons that all runs have."""
     tables = [
         {(row["student"], row["against"]): row for row in s["comparisons"] if row["kind"] == kind}
         for s in summaries
@@ -84,9 +84,9 @@ def comparisons(summaries: list[dict], kind: str) -> dict[tuple[str, str], list[
 
 
 def paths_table(summaries: list[dict]) -> list[str]:
-    """Student against stage 1 stopped early, at equal KL and at equal accuracy."""
-    lines = ["| student | stage 1 stopped early | accuracy at equal KL: student minus it "
-             "| KL at equal accuracy: it over student |", "|---|---|---|---|"]  # fmt: skip
+    """Compares students with stage 1 stopped early, at equal KL and at equal accuracy."""
+    heads = "accuracy at equal KL: student minus it | KL at equal accuracy: it over student"
+    lines = [f"| student | stage 1 stopped early | {heads} |", "|---|---|---|---|"]
     for (student, rival), rows in comparisons(summaries, "path").items():
         gain = spread([row["accuracy_difference"] for row in rows], "{:+.3f}")
         reached = [row["kl_ratio"] for row in rows if row["kl_ratio"] is not None]
@@ -99,9 +99,9 @@ def paths_table(summaries: list[dict]) -> list[str]:
 
 
 def ends_table(summaries: list[dict]) -> list[str]:
-    """Student against what stage 1 ended with: a paired bootstrap over problems in each run."""
-    lines = ["| student | end of | accuracy: difference | lower in | pass@8: difference "
-             "| KL: it over student |", "|---|---|---|---|---|---|"]  # fmt: skip
+    """Compares students with what stage 1 ended with, by a paired bootstrap in each run."""
+    heads = "accuracy: difference | lower in | pass@8: difference | KL: it over student"
+    lines = [f"| student | end of | {heads} |", "|---|---|---|---|---|---|"]
     kinds = {row["name"]: row["kind"] for row in summaries[0]["policies"]}
     for (student, rival), rows in comparisons(summaries, "policy").items():
         if kinds.get(rival) != "stage1":

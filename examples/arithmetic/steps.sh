@@ -1,14 +1,14 @@
-# What run.sh, rounds.sh, plateau.sh, online.sh and figures.sh share: run folder, settings, the
-# steps as functions. They source it from the repository root, HERE set to the name of their own
-# subfolder (run.sh has none). What several of them need is made by whichever comes first: the base,
-# its rollouts, the first student, the base's evaluation.
+# What run.sh, rounds.sh, plateau.sh, online.sh and figures.sh share: the run folder, the settings,
+# and the steps as functions. They source this file from the repository root, after setting HERE to
+# the name of their own subfolder (run.sh has none). Whichever script comes first makes what several
+# of them need: the base, its rollouts, the first student, the base's evaluation.
 source tests/setup.sh
 
 SEED=${SEED:-0}
 RUN=${RUN:-runs/arithmetic/seed$SEED}
 RUN=${RUN#./} RUN=${RUN%/} # as Python writes it: two scripts name one policy alike
 if [ "${QUICK:-0}" = 1 ]; then KIND=quick; else KIND=full; fi
-# A full and a quick run share the name; the other one is kept aside and comes back when asked for.
+# A full and a quick run have the same name. The other one is kept aside until it is asked for.
 other=$(cat "$RUN/kind" 2>/dev/null || true)
 if [ "${other:=$KIND}" != "$KIND" ]; then
   mv "$RUN" "$RUN.$other"
@@ -21,7 +21,7 @@ mkdir -p "$HERE/logs"
 if [ "$KIND" = quick ]; then
   BASE="--train 48 --test 64 --steps 150"
   TRAIN=48 N=4 EVAL_N=4 STUDENT_EPOCHS=2
-  QUICKLY="--batch-size 48 --warmup-steps 0" # some steps at least, and larger ones
+  QUICKLY="--batch-size 48 --warmup-steps 0" # a few steps at least, and larger ones
   UNLEARN_RATE=1e-3 STUDENT_RATE=1e-3 LATER_RATE=1e-3 GRPO_RATE=1e-3 UNLEARN_EPOCHS=1
 else
   BASE="" TRAIN=512 N=16 EVAL_N=8 STUDENT_EPOCHS=3
@@ -29,41 +29,41 @@ else
   UNLEARN_RATE=2e-4 STUDENT_RATE=3e-4 LATER_RATE=1e-4 GRPO_RATE=2e-4 UNLEARN_EPOCHS=3
 fi
 # The best signal found on seed 0 (docs/family.md): base minus a policy that learnt inverted
-# verdicts by MSE, its scale such that 1.35 tokens are blamed for each wrong response: the first
-# round's is about 8, and later ones, in which few responses are wrong, do not drown in what is not.
-# Beside it the ordinary method.
+# verdicts by MSE. Its scale makes it blame 1.35 tokens for each wrong response. The first round's
+# scale is about 8; later rounds, in which few responses are wrong, need a smaller one.
 UNLEARN="--loss mse --beta 0.3 --invert-rewards --learning-rate $UNLEARN_RATE $QUICKLY"
 UNLEARN="$UNLEARN --epochs $UNLEARN_EPOCHS"
 BOUNDS="--signal-clip 2.5 --signal-floor 1.5 --token-kl 0.5"
 STUDENT="--signal-scale 1 $BOUNDS --learning-rate $STUDENT_RATE $QUICKLY"
-# From a base that is nearly always right few tokens have a target, and AdamW makes full steps of
-# any gradient: at the first rate the third student of seed 0 moved 0.09 nats and gained nothing.
+# If the base is nearly always right, few tokens have a target, and AdamW makes full steps of any
+# gradient: at the first rate the third student of seed 0 moved 0.09 nats and gained nothing.
 LATER="--learning-rate $LATER_RATE"
 GRPO="--loss grpo --learning-rate $GRPO_RATE $QUICKLY"
 SAMPLE="--max-new-tokens 128 --seed $SEED"
 
 say() { printf '\n== %s\n' "$1"; }
-timed() { # timed OUTPUT COMMAND...: its seconds into HERE/seconds.jsonl, unless some was there
+timed() { # timed OUTPUT COMMAND...: writes its seconds into HERE/seconds.jsonl if OUTPUT is new
   local output=$1 begun=$SECONDS new=1
   shift
   [ ! -e "$output" ] || new=0
   "$@"
+  rm -rf "$output"/checkpoints/resume-* # the run is complete: nobody will continue it
   [ $new = 0 ] ||
     printf '{"output": "%s", "seconds": %d}\n' "${output#"$RUN"/}" $((SECONDS - begun)) \
       >> "$HERE/seconds.jsonl"
 }
 
-base_and_rollouts() { # of run.sh: RUN/base, train.jsonl, test.jsonl, rollouts
+base_and_rollouts() { # makes RUN/base, RUN/train.jsonl, RUN/test.jsonl, RUN/rollouts
   "$PYTHON" examples/arithmetic/make_base.py --output "$RUN" --seed "$SEED" $BASE
   sample "$RUN/base" "$RUN"
 }
 TAKEN=("$RUN/train.jsonl" "$RUN/test.jsonl")
-problems() { # problems NAME FILE [N]: fresh ones, none that was used before
+problems() { # problems NAME FILE [N]: makes fresh problems, none that was used before
   [ -f "$2" ] || "$PYTHON" examples/arithmetic/problems.py --name "$1" --output "$2" \
     --n "${3:-$TRAIN}" --seed "$SEED" --without "${TAKEN[@]}"
   TAKEN+=("$2")
 }
-sample() { # sample MODEL FOLDER: FOLDER/rollouts on FOLDER/train.jsonl, first wrong tokens marked
+sample() { # sample MODEL FOLDER: samples FOLDER/rollouts and marks the first wrong tokens
   timed "$2/rollouts" "$PYTHON" evaluate.py --model "$1" --problems "$2/train.jsonl" \
     --output "$2/rollouts" --n $N $SAMPLE
   if [ ! -f "$2/annotated" ]; then
@@ -71,7 +71,7 @@ sample() { # sample MODEL FOLDER: FOLDER/rollouts on FOLDER/train.jsonl, first w
     touch "$2/annotated"
   fi
 }
-keep_mixed() { # keep_mixed FOLDER: FOLDER/mixed, the rollouts of problems with both verdicts
+keep_mixed() { # keep_mixed FOLDER: makes FOLDER/mixed of the problems with both verdicts
   [ -f "$1/mixed/rollouts.safetensors" ] ||
     "$PYTHON" examples/family/keep_mixed.py --rollouts "$1/rollouts" --output "$1/mixed"
 }
@@ -79,7 +79,7 @@ unlearn() { # unlearn BASE ROLLOUTS OUTPUT
   timed "$3" "$PYTHON" stage1_extreme.py --base "$1" --rollouts "$2" --output "$3" --seed "$SEED" \
     $UNLEARN
 }
-signals() { # signals BASE ROLLOUTS UNLEARNED OUTPUT FLAGS...: base minus unlearned, then scaled
+signals() { # signals BASE ROLLOUTS UNLEARNED OUTPUT FLAGS...: base minus unlearned, scaled
   local plain
   plain=$(dirname "$4")/plain/$(basename "$4")
   if [ -e "$plain" ]; then plain_then_scaled "$plain" "$@"
@@ -107,7 +107,7 @@ first_student() {
   student "$RUN/base" "$RUN/rollouts" "$RUN/signals/unlearned.safetensors" \
     "$RUN/students/unlearned" --epochs $STUDENT_EPOCHS
 }
-link() { # link NAME TARGET: what was made elsewhere, under a name of one's own
+link() { # link NAME TARGET: gives a second name to what was made elsewhere
   mkdir -p "$(dirname "$1")"
   if [ -L "$1" ]; then return; fi
   if [ -e "$1" ]; then echo "error: $1: of an older version; move it away" >&2; exit 2; fi
@@ -118,10 +118,10 @@ judge() { # judge MODEL FOLDER PROBLEMS FLAGS...
   shift 3
   "$PYTHON" evaluate.py --model "$model" --problems "$problems" --output "$output" $SAMPLE "$@"
 }
-judge_base() { # judge_base FOLDER PROBLEMS: twice the samples, its rate enters every efficiency
+judge_base() { # judge_base FOLDER PROBLEMS: twice the samples, as every efficiency needs its rate
   judge "$RUN/base" "$1/base" "$2" --n $((2 * EVAL_N)) --base "$RUN/base"
 }
-judge_policy() { # judge_policy MODEL FOLDER: on held-out problems, KL from where everything began
+judge_policy() { # judge_policy MODEL FOLDER: on held-out problems, with the KL from RUN/base
   judge "$1" "$2" "$RUN/test.jsonl" --n "$EVAL_N" --base "$RUN/base" --base-run "$RUN/eval/base"
 }
 judge_first_student() {
@@ -129,15 +129,15 @@ judge_first_student() {
   judge_policy "$RUN/students/unlearned" "$RUN/eval/student_unlearned"
 }
 
-# Two independent jobs at a time, one core each: one shows its progress, the other writes a log.
+# Two independent jobs run at a time, one core each. One shows its progress, the other writes a log.
 ALONE=${OMP_NUM_THREADS:-2}
 export OMP_NUM_THREADS=$ALONE
 BESIDE=
-end_beside() { # the background hears no Ctrl-C, and an error in front ends the script alone
+end_beside() { # Ctrl-C and an error in front do not reach the background by themselves
   [ -z "$BESIDE" ] || kill $(pgrep -P "$BESIDE") "$BESIDE" 2> /dev/null || true
 }
 trap end_beside EXIT
-beside() { # beside LOGNAME JOB ARGUMENTS...: in the background
+beside() { # beside LOGNAME JOB ARGUMENTS...: starts the job in the background
   local log=$HERE/logs/$1.log
   shift
   export OMP_NUM_THREADS=1

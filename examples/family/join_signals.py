@@ -1,7 +1,11 @@
-"""Joins the signals of two halves (examples/family/split_rollouts.py) into one of the whole.
+"""Joins the signals of two halves (examples/family/split_rollouts.py) into one file of the whole.
 
-Every array of both files goes to its tokens' places in the whole. Refused: halves of other
-rollouts, files of other halves, another base, a teacher trained on the half that it scored.
+Every array of both files goes to the places of its tokens in the whole. Refused are halves of other
+rollouts, files of other halves or another base, and a teacher that was trained on the half that it
+scored.
+
+Reads   --rollouts, --base, --halves (of split_rollouts.py), --signals (of build_signals.py).
+Writes  OUTPUT (.safetensors) and OUTPUT with suffix .json, as build_signals.py does.
 
     python examples/family/join_signals.py --rollouts D --base B --halves halves/0 halves/1 \\
         --signals F0.safetensors F1.safetensors --output F.safetensors
@@ -16,14 +20,23 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from split_rollouts import part_of_problems, response_tokens
+from split_rollouts import part_of_problems
+from torch import Tensor
 
 from build_signals import diagnose, is_complete, print_report
-
-from common import (  # isort: skip
-    UserError, fingerprint, load_rollouts, load_tensors, load_tokenizer, read_json, run,
-    save_tensors, setup_ranks, write_json,
-)  # fmt: skip
+from common import (
+    Rollouts,
+    UserError,
+    fingerprint,
+    load_rollouts,
+    load_tensors,
+    load_tokenizer,
+    read_json,
+    run,
+    save_tensors,
+    setup_ranks,
+    write_json,
+)
 
 
 @dataclass
@@ -40,8 +53,8 @@ class Args:
     """signals file to write, name ending in .safetensors"""
 
 
-def check_teachers(metadata: dict, half: Path, scored: str) -> None:
-    """Raises UserError where a teacher was trained on the half whose fingerprint is `scored`."""
+def check_teachers(metadata: dict, half: Path) -> None:
+    """Raises UserError where a teacher was trained on the half that it scored."""
     for role, model in metadata["models"].items():
         folder = Path(model["path"])
         if folder.parent.name == "checkpoints":  # RUN/checkpoints/EPOCH
@@ -49,9 +62,32 @@ def check_teachers(metadata: dict, half: Path, scored: str) -> None:
         record = folder / "args.json"
         if role.startswith(("teacher", "reference")) and record.is_file():
             trained_on = read_json(record).get("inputs", {}).get("rollouts")
-            if trained_on == scored:
-                raise UserError(f"{model['path']}: was trained on {half}, which it scored; "
-                                "score each half with the teacher of the other")  # fmt: skip
+            if trained_on == metadata["rollouts"]:
+                raise UserError(
+                    f"{model['path']}: was trained on {half}, which it scored; score each half "
+                    "with the teacher of the other"
+                )
+
+
+def places_of_half(rollouts: Rollouts, half: Path, number: int) -> tuple[Tensor, Rollouts]:
+    """Finds the places [n] of a half's tokens in the whole; returns them and the half.
+
+    Raises UserError where the folder is not this half of these rollouts."""
+    part = load_rollouts(half)
+    name = {key: part.metadata.get(key) for key in ("half_of", "half", "half_seed", "half_share")}
+    if name["half_of"] != fingerprint(rollouts.path):
+        raise UserError(f"--halves {half}: not a half of {rollouts.path} as it is; split it again")
+    if name["half"] != number:
+        raise UserError(f"--halves {half}: not half {number}; give halves in the order 0, 1")
+    n_problems = int(rollouts.problem_index.max()) + 1
+    halves = part_of_problems(n_problems, name["half_share"], name["half_seed"])
+    chosen = halves[rollouts.problem_index.long()] == number
+    where = chosen[rollouts.sequence_ids].nonzero()[:, 0]
+    if not torch.equal(rollouts.tokens[where], part.tokens):
+        raise UserError(
+            f"--halves {half}: its tokens are not those of {rollouts.path}; split it again"
+        )
+    return where, part
 
 
 def main(args: Args) -> None:
@@ -60,43 +96,33 @@ def main(args: Args) -> None:
     ranks = setup_ranks()
     rollouts = load_rollouts(args.rollouts)
     tokenizer = load_tokenizer(args.base)
-    joined: dict[str, torch.Tensor] = {}
+    joined: dict[str, Tensor] = {}
     described = []
     for number, (half, path) in enumerate(zip(args.halves, args.signals, strict=True)):
-        part = load_rollouts(half)
-        arrays, metadata = load_tensors(path, {"signal": torch.float32})
-        if part.metadata.get("half_of") != fingerprint(rollouts.path):
-            raise UserError(f"--halves {half}: not a half of {args.rollouts} as it is now; "
-                            "split it again")  # fmt: skip
-        if part.metadata["half"] != number or metadata["rollouts"] != fingerprint(part.path):
-            raise UserError(f"--signals {path}: not made for half {number} of --halves; "
-                            "give halves and signals in the order 0, 1")  # fmt: skip
-        check_teachers(metadata, half, metadata["rollouts"])
-        n_problems = int(rollouts.problem_index.max()) + 1
-        share = part.metadata.get("half_share")
-        if share is None:
-            raise UserError(f"--halves {half}: split before there was --share; split it again")
-        of = part_of_problems(n_problems, share, part.metadata["half_seed"])
-        where = response_tokens(rollouts, of[rollouts.problem_index.long()] == number)
-        if not torch.equal(rollouts.tokens[where], part.tokens):
-            raise UserError(f"--halves {half}: its tokens are not those of {args.rollouts}; "
-                            "split it again")  # fmt: skip
+        where, part = places_of_half(rollouts, half, number)
+        arrays, metadata = load_tensors(path)
+        if metadata["rollouts"] != fingerprint(part.path):
+            raise UserError(
+                f"--signals {path}: not made for half {number} of --halves; give halves and "
+                "signals in the order 0, 1"
+            )
+        check_teachers(metadata, half)
         for name, values in arrays.items():
-            whole = joined.setdefault(name, torch.zeros(len(rollouts.tokens)))
-            joined[name] = whole.index_put((where,), values)
+            joined.setdefault(name, torch.zeros(len(rollouts.tokens)))[where] = values
         described.append(metadata)
     first, second = described
     if first["models"]["base"]["fingerprint"] != second["models"]["base"]["fingerprint"]:
-        raise UserError("--signals: the two were built with different bases")
+        raise UserError("--signals: the two were built with different bases; use one base")
     if first["weights"] != second["weights"]:
-        raise UserError("--signals: the two were built with different teachers or weights")
-    metadata = first | {"rollouts": fingerprint(rollouts.path),
-                        "crossfit": [half["models"] for half in described]}  # fmt: skip
+        raise UserError("--signals: the two have other weights, or other numbers of teachers")
+    crossfit = [metadata["models"] for metadata in described]
+    metadata = first | {"rollouts": fingerprint(rollouts.path), "crossfit": crossfit}
     if is_complete(args.output, metadata, ranks):
         return
     report = diagnose(joined["signal"], rollouts, tokenizer)
-    write_json(args.output.with_suffix(".json"), report | metadata)
-    save_tensors(args.output, joined, metadata)
+    if ranks.rank == 0:
+        write_json(args.output.with_suffix(".json"), report | metadata)
+        save_tensors(args.output, joined, metadata)
     print_report(report, args.output, ranks)
 
 

@@ -1,12 +1,13 @@
 """Keeps the problems of a rollouts folder whose responses are neither all correct nor all wrong.
 
-A problem whose responses all have one verdict holds no comparison, and under a base that is nearly
-always right most are such: many problems are then sampled and few trained on (DAPO's dynamic
-sampling, Yu et al. 2025, section 3.2, drops such groups too, and samples on until a batch is full;
-here all rollouts are drawn first).
+A problem whose responses all have one verdict allows no comparison. Under a base that is nearly
+always right most problems are like that, so many are sampled and few are trained on. DAPO's dynamic
+sampling (Yu et al. 2025, section 3.2) drops such groups too and samples on until a batch is full;
+here all rollouts exist already.
 
-Writes OUTPUT: rollouts.safetensors, samples.jsonl, problems.jsonl, problems numbered anew; the
-metadata name the whole (mixed_of) and how many problems it had.
+Reads   --rollouts (a folder written by evaluate.py).
+Writes  OUTPUT: rollouts.safetensors, samples.jsonl and problems.jsonl, with the problems numbered
+        anew. The metadata name the whole (mixed_of) and how many problems it had.
 
     python examples/family/keep_mixed.py --rollouts D --output mixed
 """
@@ -35,20 +36,23 @@ class Args:
 
 
 def in_mixed_groups(rollouts: Rollouts) -> Tensor:
-    """Responses [S] bool of the problems with both verdicts."""
-    _, pass_rates, _ = group_statistics(rollouts.rewards, rollouts.problem_index, beta=1.0)
+    """Marks the responses [S] bool of the problems with both verdicts."""
+    _, pass_rates = group_statistics(rollouts.rewards, rollouts.problem_index)
     return (pass_rates > 0) & (pass_rates < 1)
 
 
 def main(args: Args) -> None:
-    rollouts, *_ = whole = load_whole(args.rollouts)
+    whole = load_whole(args.rollouts)
+    rollouts = whole[0]
     chosen = in_mixed_groups(rollouts)
     n_problems = len(rollouts.problem_index.unique())
     if not chosen.any():
-        raise UserError(f"{args.rollouts}: of {n_problems} problems none has correct and wrong "
-                        "responses; sample more")  # fmt: skip
+        raise UserError(
+            f"{args.rollouts}: none of {n_problems} problems has correct and wrong responses; "
+            "sample more"
+        )
     metadata = {"mixed_of": fingerprint(rollouts.path), "mixed_from_problems": n_problems}
-    print(f"{args.rollouts}: {n_problems} problems; kept those with both verdicts:")
+    print(f"{args.rollouts}: {n_problems} problems; these have both verdicts:")
     write_part(whole, chosen, args.output, metadata)
 
 

@@ -1,21 +1,24 @@
-"""More objectives for stage 1, and options that any of them takes: pure functions on LossInputs.
+"""More objectives for stage 1, and options that change any of them.
 
-Notation of stage1_extreme.py: T tokens and S responses of a packed row, r_t = exp(log_ratio_t),
-S = sum_t log_ratio_t, R in {0, 1}, A = advantage, p = pass rate of the problem, sg = stop-gradient.
+Notation of stage1_extreme.py: R response tokens and S responses of one packed row. Per token
+log_ratio_t = log policy(y_t) - log base(y_t) and r_t = exp(log_ratio_t). Per response
+S = sum_t log_ratio_t, the verdict R (0 or 1), the advantage A, and p, the pass rate of its problem.
+sg[...] is a factor that carries no gradient.
 
     reinforce           -A log policy                            no ratio, no bound
-    dapo, dr_grpo       -min(r A, clip(r) A)                     clip as grpo; other divisors
-    gspo                -min(s A, clip(s) A)                     s = exp(mean_t log_ratio)
+    dapo, dr_grpo       -min(r A, clip(r) A)                     clip as in grpo, other divisors
+    gspo                -min(s A, clip(s) A)                     s = exp(mean_t log_ratio_t)
     cispo               -sg[clip(r)] A log policy                a clipped token still learns
     topr                -sg[a] (2R - 1) log policy               a = 1 right, min(ratio, 1) wrong
-    bapo                -min(r A, clip(r) A), dual clip          bounds from the step before
+    bapo                -min(r A, clip(r) A), dual clip          bounds that balance right and wrong
     vespo               -sg[phi(exp S)] A log policy             phi(W) = e^k' W^k e^(-k' W)
     psr, nsr            clipped, A = 1 right / A = -1 wrong      one class only
     weighted_reinforce  clipped, A = lambda right, -1 wrong
     nft                 (1 - p) {-log r, -log((1 - p r)/(1 - p))}
 
-docs/family.md says what bounds each, where it comes from and how it bites. Each returns an
-unnormalised sum and metrics, as the five of stage1_extreme.py do; OBJECTIVES names the divisor.
+Each function returns an unnormalised sum and metrics, like the five of stage1_extreme.py. The dict
+DIVISORS names what the loop divides the sum by. docs/family.md says where each objective is from,
+what bounds it, and how it can go wrong.
 """
 
 from __future__ import annotations
@@ -23,14 +26,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import kl_penalty, safe_exp, sum_and_count
-from stage1_extreme import LossInputs, LossOutput
+from common import sum_and_count
+from stage1_extreme import LossInputs, LossOutput, kl_penalty, safe_exp
+
+if TYPE_CHECKING:
+    from stage1 import Args
 
 # --------------------------------------------------------------------------------------------------
 # Objectives
@@ -39,281 +45,287 @@ from stage1_extreme import LossInputs, LossOutput
 def clipped(
     x: LossInputs, advantages: Tensor, low: float, high: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's surrogate -min(r A, clip(r, low, high) A) per token [T], zero on prompts, and its
-    `clip_share`. advantages [T]; low and high are bounds of the ratio itself, not epsilons."""
+    """Computes PPO's surrogate -min(r A, clip(r, low, high) A), and its metric `clip_share`.
+
+    advantages [R] -> [R]. low and high are bounds of the ratio itself, not distances from 1."""
     ratio = safe_exp(x.log_ratio)
     free, bound = ratio * advantages, ratio.clamp(low, high) * advantages
-    loss = -torch.minimum(free, bound) * x.response_mask
-    return loss, {"clip_share": sum_and_count(bound < free, x.response_mask)}
+    return -torch.minimum(free, bound), {"clip_share": sum_and_count((bound < free).float())}
 
 
-def reinforce_loss(x: LossInputs, **_: Any) -> LossOutput:
-    """-A log policy: the plain gradient, blind to how far the policy has gone."""
-    loss = -x.advantages[x.sequence_ids] * x.policy_logprobs * x.response_mask
-    return loss.sum(), {}
+def reinforce_loss(x: LossInputs, args: Args) -> LossOutput:
+    """-A log policy: the plain gradient, however far the policy has moved already."""
+    return -(x.advantages[x.sequence_ids] * x.policy_logprobs).sum(), {}
 
 
-def dapo_loss(x: LossInputs, *, clip_low: float, clip_high: float, **_: Any) -> LossOutput:
-    """grpo as a mean over tokens, not over responses: long responses weigh more (DAPO)."""
+def dapo_loss(x: LossInputs, args: Args) -> LossOutput:
+    """grpo as a mean over tokens instead of responses, so long responses weigh more (DAPO)."""
     advantages = x.advantages[x.sequence_ids]
-    loss, metrics = clipped(x, advantages, 1 - clip_low, 1 + clip_high)
+    loss, metrics = clipped(x, advantages, 1 - args.clip_low, 1 + args.clip_high)
     return loss.sum(), metrics
 
 
-def dr_grpo_loss(
-    x: LossInputs, *, clip_low: float, clip_high: float, dr_grpo_length: int, **_: Any
-) -> LossOutput:
+def dr_grpo_loss(x: LossInputs, args: Args) -> LossOutput:
     """grpo with one length for all responses; with --advantages group_mean it is Dr.GRPO."""
-    loss, metrics = dapo_loss(x, clip_low=clip_low, clip_high=clip_high)
-    return loss / dr_grpo_length, metrics
+    loss, metrics = dapo_loss(x, args)
+    return loss / args.dr_grpo_length, metrics
 
 
-def gspo_loss(
-    x: LossInputs, *, gspo_clip_low: float, gspo_clip_high: float, **_: Any
-) -> LossOutput:
-    """PPO's clip on one ratio a response, the geometric mean of its tokens' (GSPO)."""
+def gspo_loss(x: LossInputs, args: Args) -> LossOutput:
+    """PPO's clip on one ratio per response, the geometric mean of its tokens' ratios (GSPO)."""
     ratio = safe_exp(x.mean_over_tokens(x.log_ratio))  # [S]
-    free = ratio * x.advantages
-    bound = ratio.clamp(1 - gspo_clip_low, 1 + gspo_clip_high) * x.advantages
-    responses = x.per_response(x.response_mask.float()) > 0
-    return -torch.minimum(free, bound).sum(), {"clip_share": sum_and_count(bound < free, responses)}
+    low, high = 1 - args.gspo_clip_low, 1 + args.gspo_clip_high
+    free, bound = ratio * x.advantages, ratio.clamp(low, high) * x.advantages
+    metrics = {"clip_share": sum_and_count((bound < free).float())}
+    return -torch.minimum(free, bound).sum(), metrics
 
 
-def cispo_loss(x: LossInputs, *, cispo_low: float, cispo_high: float, **_: Any) -> LossOutput:
-    """-sg[clip(r, low, high)] A log policy: a bounded weight, and no token falls silent (CISPO)."""
+def cispo_loss(x: LossInputs, args: Args) -> LossOutput:
+    """-sg[clip(r, low, high)] A log policy: the weight is bounded, and every token learns."""
     ratio = safe_exp(x.log_ratio.detach())
-    weight = ratio.clamp(cispo_low, cispo_high)
-    loss = -weight * x.advantages[x.sequence_ids] * x.policy_logprobs * x.response_mask
-    return loss.sum(), {"clip_share": sum_and_count(weight != ratio, x.response_mask)}
+    weight = ratio.clamp(args.cispo_low, args.cispo_high)
+    loss = -(weight * x.advantages[x.sequence_ids] * x.policy_logprobs).sum()
+    return loss, {"clip_share": sum_and_count((weight != ratio).float())}
 
 
-def topr_loss(x: LossInputs, *, topr_ratio: str, **_: Any) -> LossOutput:
-    """Right responses: plain likelihood. Wrong: pushed down with the weight min(ratio, 1), which
-    tapers off as they become unlikely (TOPR). The ratio is that of the whole response (the paper),
-    its geometric mean over tokens, or each token's own: topr_ratio sequence, mean, token."""
-    log_ratio = x.log_ratio.detach() * x.response_mask
+def topr_loss(x: LossInputs, args: Args) -> LossOutput:
+    """Likelihood of right responses; wrong ones are pushed down with the weight min(ratio, 1).
+
+    The weight falls as a wrong response becomes unlikely (TOPR). --topr-ratio says which ratio it
+    is: that of the whole response (as in the paper), its geometric mean over tokens, or each
+    token's own."""
+    log_ratio = x.log_ratio.detach()
     log_weight = {
         "sequence": x.per_response(log_ratio)[x.sequence_ids],
         "mean": x.mean_over_tokens(log_ratio)[x.sequence_ids],
         "token": log_ratio,
-    }[topr_ratio]  # [T]
-    sign = 2 * x.rewards[x.sequence_ids] - 1  # [T], a verdict and no baseline
+    }[args.topr_ratio]  # [R]
+    sign = 2 * x.rewards[x.sequence_ids] - 1  # [R], the verdict without any baseline
     weight = torch.where(sign > 0, 1.0, safe_exp(log_weight).clamp(max=1))
-    wrong = x.response_mask & (sign < 0)
-    loss = -weight * sign * x.policy_logprobs * x.response_mask
-    return loss.sum(), {"weight_wrong": sum_and_count(weight, wrong)}
+    loss = -(weight * sign * x.policy_logprobs).sum()
+    return loss, {"weight_wrong": sum_and_count(weight, sign < 0)}
 
 
-# The bounds that BAPO tries in turn, low up to 0.8, then high up to 2, under their metric's name.
+# The bounds that BAPO tries in turn: the lower one rises to 0.8, then the upper one to 2.
 BAPO_BOUNDS = [(0.6 + 0.05 * k, 1.2) for k in range(4)] + [(0.8, 1.2 + 0.05 * k) for k in range(17)]
-BAPO_SEARCH = {f"bapo_balance_{k:02d}": bounds for k, bounds in enumerate(BAPO_BOUNDS)}
 
 
-def bapo_balances(x: LossInputs, advantages: Tensor) -> dict[str, Tensor]:
-    """For all bounds: [what right tokens contribute to the surrogate, what wrong ones do]; summed
-    over micro-batches and ranks, sum / count is the balance that BAPO steers."""
-    ratio, advantages = safe_exp(x.log_ratio.detach()), advantages * x.response_mask
-
-    def balance(low: float, high: float) -> Tensor:
-        """[right, wrong] within these bounds."""
+def bapo_bounds(x: LossInputs, advantages: Tensor, target: float) -> tuple[float, float, Tensor]:
+    """Searches the first bounds at which right tokens contribute `target` times as much as wrong
+    ones; the last ones where none do. Returns low, high and the two contributions [right, wrong].
+    """
+    ratio = safe_exp(x.log_ratio.detach())
+    for low, high in BAPO_BOUNDS:
         right = (ratio.clamp(max=high) * advantages.clamp(min=0)).sum()
-        return torch.stack([right, (ratio.clamp(min=low) * -advantages.clamp(max=0)).sum()])
+        wrong = (ratio.clamp(min=low) * -advantages.clamp(max=0)).sum()
+        if right >= target * wrong:
+            break
+    return low, high, torch.stack([right, wrong])
 
-    return {name: balance(*bounds) for name, bounds in BAPO_SEARCH.items()}
 
+def bapo_loss(x: LossInputs, args: Args) -> LossOutput:
+    """PPO's clip within bounds that balance right against wrong tokens, and a dual clip (BAPO).
 
-def bapo_loss(
-    x: LossInputs, *, previous: dict[str, float], bapo_target: float, bapo_dual_clip: float,
-    **_: Any,
-) -> LossOutput:  # fmt: skip
-    """PPO's clip within the first bounds that balanced right against wrong tokens, over the whole
-    batch *of the step before*: searched in a micro-batch they would depend on its size (BAPO)."""
-    bounds = BAPO_BOUNDS[0]
-    if previous:
-        # NaN, a batch without a wrong token, is no reason to move.
-        balanced = [b for n, b in BAPO_SEARCH.items() if not previous[n] < bapo_target]
-        bounds = (balanced or BAPO_BOUNDS[-1:])[0]
+    As in its authors' code the bounds are searched in each packed row. So this one objective
+    depends on --micro-batch-tokens and on the number of ranks."""
     advantages = x.advantages[x.sequence_ids]
-    loss, metrics = clipped(x, advantages, *bounds)
-    loss = torch.where(advantages < 0, torch.minimum(loss, -bapo_dual_clip * advantages), loss)
-    metrics |= bapo_balances(x, advantages)
-    for name, bound in zip(("bapo_low", "bapo_high"), bounds, strict=True):
-        metrics[name] = x.rewards.new_tensor([bound, 1.0])
-    return loss.sum(), metrics
+    low, high, balance = bapo_bounds(x, advantages, args.bapo_target)
+    loss, metrics = clipped(x, advantages, low, high)
+    # Dual clip: the loss of a wrong token stays below a multiple of |A|, whatever its ratio.
+    bounded = torch.minimum(loss, -args.bapo_dual_clip * advantages)
+    metrics |= {
+        "bapo_low": sum_and_count(torch.full_like(x.rewards, low)),
+        "bapo_high": sum_and_count(torch.full_like(x.rewards, high)),
+        "bapo_balance": balance,  # sum / count is right over wrong
+    }
+    return torch.where(advantages < 0, bounded, loss).sum(), metrics
 
 
-def vespo_loss(
-    x: LossInputs, *, vespo_positive: tuple[float, float], vespo_negative: tuple[float, float],
-    **_: Any,
-) -> LossOutput:  # fmt: skip
-    """-sg[phi(W)] A log policy, W = exp(S) unnormalised, phi(W) = exp(l) W^k exp(-l W) (VESPO):
-    phi(1) = 1, and a response some nats away from the base has nearly no weight."""
+def vespo_loss(x: LossInputs, args: Args) -> LossOutput:
+    """-sg[phi(W)] A log policy with W = exp(S) and phi(W) = exp(l) W^k exp(-l W) (VESPO).
+
+    phi(1) = 1, and a response some nats away from the base has almost no weight."""
     log_w = x.per_response(x.log_ratio.detach()).clamp(math.log(1e-8), 20)  # [S]
     positive = x.advantages >= 0
-    k, scale = (
-        torch.where(positive, log_w.new_tensor(a), b)
-        for a, b in zip(vespo_positive, vespo_negative, strict=True)
-    )
+    k = torch.where(positive, args.vespo_positive[0], args.vespo_negative[0])
+    scale = torch.where(positive, args.vespo_positive[1], args.vespo_negative[1])
     weight = (scale + k * log_w - scale * log_w.exp()).exp()
-    loss = -(weight * x.advantages)[x.sequence_ids] * x.policy_logprobs * x.response_mask
-    responses = x.per_response(x.response_mask.float()) > 0
-    return loss.sum(), {"weight": sum_and_count(weight, responses)}
+    loss = -((weight * x.advantages)[x.sequence_ids] * x.policy_logprobs).sum()
+    return loss, {"weight": sum_and_count(weight)}
 
 
-def verdict_loss(
-    x: LossInputs, right: float, wrong: float, clip_low: float, clip_high: float
-) -> LossOutput:
-    """PPO's clip with a fixed advantage for each verdict: no baseline, no group."""
+def verdict_loss(x: LossInputs, right: float, wrong: float, args: Args) -> LossOutput:
+    """PPO's clip with one fixed advantage for each verdict: there is no baseline and no group."""
     advantages = (wrong + (right - wrong) * x.rewards)[x.sequence_ids]
-    loss, metrics = clipped(x, advantages, 1 - clip_low, 1 + clip_high)
+    loss, metrics = clipped(x, advantages, 1 - args.clip_low, 1 + args.clip_high)
     return loss.sum(), metrics
 
 
-def psr_loss(x: LossInputs, *, clip_low: float, clip_high: float, **_: Any) -> LossOutput:
+def psr_loss(x: LossInputs, args: Args) -> LossOutput:
     """Positive sample reinforcement: A = 1 on right responses, nothing on wrong ones."""
-    return verdict_loss(x, 1.0, 0.0, clip_low, clip_high)
+    return verdict_loss(x, 1.0, 0.0, args)
 
 
-def nsr_loss(x: LossInputs, *, clip_low: float, clip_high: float, **_: Any) -> LossOutput:
+def nsr_loss(x: LossInputs, args: Args) -> LossOutput:
     """Negative sample reinforcement: A = -1 on wrong responses, nothing on right ones."""
-    return verdict_loss(x, 0.0, -1.0, clip_low, clip_high)
+    return verdict_loss(x, 0.0, -1.0, args)
 
 
-def weighted_reinforce_loss(
-    x: LossInputs, *, positive_weight: float, clip_low: float, clip_high: float, **_: Any
-) -> LossOutput:
-    """A = lambda on right responses, -1 on wrong ones: NSR with some PSR (W-REINFORCE)."""
-    return verdict_loss(x, positive_weight, -1.0, clip_low, clip_high)
+def weighted_reinforce_loss(x: LossInputs, args: Args) -> LossOutput:
+    """A = lambda on right responses and -1 on wrong ones: NSR with some PSR (W-REINFORCE)."""
+    return verdict_loss(x, args.positive_weight, -1.0, args)
 
 
-def nft_loss(x: LossInputs, *, nft_negative_weight: float, **_: Any) -> LossOutput:
-    """Likelihood of right responses, and on wrong ones of the *implicit* negative policy
-    (base - p policy) / (1 - p); times 1 - p, without problems that all or none solve (NFT)."""
-    p = x.group_means[x.sequence_ids].clamp(0.02, 0.98)  # [T]
+def nft_loss(x: LossInputs, args: Args) -> LossOutput:
+    """Likelihood of right responses; of wrong ones that of the *implicit* negative policy (NFT).
+
+    That policy is (base - p policy) / (1 - p). The sum is weighted by 1 - p. Problems that all or
+    none of the responses solve are left out."""
+    p = x.pass_rates[x.sequence_ids].clamp(0.02, 0.98)  # [R]
     ratio = x.log_ratio.clamp(max=10).exp()
     inner = (1 - p * ratio) / (1 - p)
-    # Its value is held at 1 or above, its gradient kept: p r / (1 - p) for r > 1, not a pole.
+    # Its value is held at 1 or above and its gradient kept: p r / (1 - p) for r > 1, not a pole.
     held = inner + (inner.clamp(min=1) - inner).detach()
     right = x.rewards[x.sequence_ids] > 0.5
-    loss = torch.where(right, -x.log_ratio, -nft_negative_weight * held.log()) * (1 - p)
-    mixed = ((x.group_means > 0) & (x.group_means < 1))[x.sequence_ids] & x.response_mask
-    return (loss * mixed).sum(), {"held_share": sum_and_count(inner < 1, mixed & ~right)}
+    loss = torch.where(right, -x.log_ratio, -args.nft_negative_weight * held.log()) * (1 - p)
+    mixed = ((x.pass_rates > 0) & (x.pass_rates < 1))[x.sequence_ids]
+    return (loss * mixed).sum(), {"held_share": sum_and_count((inner < 1).float(), mixed & ~right)}
 
 
-# objective -> (function, what the loop divides its sum by), as stage1_extreme.LOSSES
-OBJECTIVES: dict[str, tuple[Callable[..., LossOutput], str]] = {
-    "reinforce": (reinforce_loss, "tokens"),
-    "dapo": (dapo_loss, "tokens"),
-    "dr_grpo": (dr_grpo_loss, "responses"),
-    "gspo": (gspo_loss, "responses"),
-    "cispo": (cispo_loss, "tokens"),
-    "topr": (topr_loss, "tokens"),
-    "bapo": (bapo_loss, "tokens"),
-    "vespo": (vespo_loss, "tokens"),
-    "psr": (psr_loss, "positive_tokens"),
-    "nsr": (nsr_loss, "negative_tokens"),
-    "weighted_reinforce": (weighted_reinforce_loss, "tokens"),
-    "nft": (nft_loss, "tokens"),
+Objective = Callable[[LossInputs, "Args"], LossOutput]
+OBJECTIVES: dict[str, Objective] = {
+    "reinforce": reinforce_loss,
+    "dapo": dapo_loss,
+    "dr_grpo": dr_grpo_loss,
+    "gspo": gspo_loss,
+    "cispo": cispo_loss,
+    "topr": topr_loss,
+    "bapo": bapo_loss,
+    "vespo": vespo_loss,
+    "psr": psr_loss,
+    "nsr": nsr_loss,
+    "weighted_reinforce": weighted_reinforce_loss,
+    "nft": nft_loss,
+}
+# What divides the sum, as in stage1_extreme.DIVISORS; of dr_grpo and gspo it is the responses.
+DIVISORS = {
+    "reinforce": "tokens",
+    "dapo": "tokens",
+    "cispo": "tokens",
+    "topr": "tokens",
+    "bapo": "tokens",
+    "vespo": "tokens",
+    "psr": "correct_tokens",
+    "nsr": "wrong_tokens",
+    "weighted_reinforce": "tokens",
+    "nft": "tokens",
 }
 
 
 # --------------------------------------------------------------------------------------------------
-# Options: LossInputs -> LossInputs, for any objective. Each looks at one response at a time, so
-# micro-batches do not change it, and gives back what it got where its flags are at their default.
+# Options. Each changes the LossInputs that an objective sees, and returns them as they are where
+# its flags have their defaults. It looks at one response at a time, so micro-batches do not matter.
 
 
-def choose_advantages(x: LossInputs, *, advantages: str, unlearn: bool, **_: Any) -> LossInputs:
-    """group_mean: A = R - mean, without the deviation that lifts nearly agreeing groups (Dr.GRPO).
-    Under --unlearn A stays -1."""
-    if advantages == "group_std" or unlearn:
+def choose_advantages(x: LossInputs, args: Args) -> LossInputs:
+    """group_mean: A = R - mean R, without the deviation that lifts nearly agreeing groups.
+
+    This is Dr.GRPO's advantage. Under --unlearn A stays -1."""
+    if args.advantages == "group_std" or args.unlearn:
         return x
-    return dataclasses.replace(x, advantages=x.rewards - x.group_means)
+    return dataclasses.replace(x, advantages=x.rewards - x.pass_rates)
 
 
 def weigh_responses(x: LossInputs, weights: Tensor) -> LossInputs:
-    """Multiplies the gradient of each response by weights [S]; the loss's *value* stays unweighted.
+    """Multiplies the gradient of each response by weights [S]; the loss's *value* stays the same.
 
-    Every objective is a sum over responses, so this is the gradient of the weighted sum, for those
-    too that look at no advantage. For those linear in A it equals weighing A."""
+    Every objective is a sum over responses, so this is the gradient of the weighted sum, also for
+    those that look at no advantage. For those linear in A it equals weighing A."""
     fixed = x.policy_logprobs.detach()
     scaled = fixed + weights[x.sequence_ids] * (x.policy_logprobs - fixed)  # the difference is 0
     return dataclasses.replace(x, policy_logprobs=scaled)
 
 
-def weigh_by_pass_rate(x: LossInputs, *, paced: tuple[float, float], **_: Any) -> LossInputs:
-    """p^a (1 - p)^b: most weight on problems that are solved sometimes (PACED); (0, 0): none."""
-    a, b = paced
+def weigh_by_pass_rate(x: LossInputs, args: Args) -> LossInputs:
+    """p^a (1 - p)^b: the most weight goes to problems that are solved sometimes (PACED)."""
+    a, b = args.paced
     if a == b == 0:
         return x
-    return weigh_responses(x, x.group_means**a * (1 - x.group_means) ** b)
+    return weigh_responses(x, x.pass_rates**a * (1 - x.pass_rates) ** b)
 
 
-def weigh_confident_errors(x: LossInputs, *, ace_alpha: float, **_: Any) -> LossInputs:
+def weigh_confident_errors(x: LossInputs, args: Args) -> LossInputs:
     """Wrong responses that have become likelier weigh more: 1 + alpha softplus(sg[S]) (ACE)."""
-    if ace_alpha == 0:
+    if args.ace_alpha == 0:
         return x
-    shift = x.per_response(x.log_ratio.detach() * x.response_mask)  # [S]
-    return weigh_responses(x, torch.where(x.rewards > 0.5, 1.0, 1 + ace_alpha * F.softplus(shift)))
+    shift = x.per_response(x.log_ratio.detach())  # [S]
+    weights = torch.where(x.rewards > 0.5, 1.0, 1 + args.ace_alpha * F.softplus(shift))
+    return weigh_responses(x, weights)
 
 
 def leave_out(x: LossInputs, tokens: Tensor) -> LossInputs:
-    """Makes `tokens` [T] bool look like prompt tokens: no loss, no gradient, no part in S."""
-    return dataclasses.replace(
-        x,
-        policy_logprobs=x.policy_logprobs.masked_fill(tokens, 0.0),
-        behavior_logprobs=x.behavior_logprobs.masked_fill(tokens, 0.0),
-        response_mask=x.response_mask & ~tokens,
-    )
+    """Returns the row without `tokens` [R] bool, and without responses that lose all of theirs."""
+    kept = ~tokens
+    responses, sequence_ids = x.sequence_ids[kept].unique(return_inverse=True)
+    per_token = ("policy_logprobs", "base_logprobs", "entropy")
+    per_response = ("rewards", "advantages", "pass_rates", "verdicts")
+    left = {name: getattr(x, name)[kept] for name in per_token}
+    left |= {name: getattr(x, name)[responses] for name in per_response}
+    return dataclasses.replace(x, sequence_ids=sequence_ids, **left)
 
 
 def top_tokens(x: LossInputs, values: Tensor, fraction: float) -> Tensor:
-    """[T] bool: of each response the floor(fraction x tokens) with the largest positive `values`.
+    """Marks, in each response, the floor(fraction * tokens) with the largest positive `values`.
 
-    By response, for a rank within the row would depend on what else is packed into it."""
-    values = values.masked_fill(~x.response_mask, -math.inf)
+    values [R] -> [R] bool. The rank is within the response: within the row it would depend on what
+    else is packed there."""
     order = values.argsort(descending=True, stable=True)
     order = order[x.sequence_ids[order].argsort(stable=True)]  # by response, then by value
-    lengths = x.per_response(torch.ones_like(values))  # [S], prompts included
+    lengths = x.per_response(torch.ones_like(values))  # [S]
     starts = (lengths.cumsum(0) - lengths)[x.sequence_ids]
-    rank = torch.empty_like(values).index_put((order,), torch.arange(len(values)).to(values))
-    allowed = (fraction * x.per_response(x.response_mask.to(values))).floor()[x.sequence_ids]
+    rank = torch.empty_like(values)
+    rank[order] = torch.arange(len(values)).to(values)
+    allowed = (fraction * lengths).floor()[x.sequence_ids]
     return (rank - starts < allowed) & (values > 0)
 
 
-def mask_tokens(x: LossInputs, *, mask_entropy: float, mask_kl: float, **_: Any) -> LossInputs:
+def mask_tokens(x: LossInputs, args: Args) -> LossInputs:
     """Leaves out the most uncertain tokens, and those furthest from the base (after EKSFT)."""
-    if mask_entropy == mask_kl == 0:
+    if args.mask_entropy == args.mask_kl == 0:
         return x
-    left_out = top_tokens(x, x.entropy, mask_entropy)
-    left_out |= top_tokens(x, kl_penalty(x.log_ratio.detach(), "reverse"), mask_kl)
-    return leave_out(x, left_out)
+    uncertain = top_tokens(x, x.entropy, args.mask_entropy)
+    far = top_tokens(x, kl_penalty(x.log_ratio.detach(), "reverse"), args.mask_kl)
+    return leave_out(x, uncertain | far)
 
 
-def spare_unlikely(
-    x: LossInputs, *, spare_floor: float, spare_ceiling: float, **_: Any
-) -> LossInputs:
-    """Leaves out tokens of wrong responses with floor <= probability < ceiling: rare words that no
-    punishment should stamp out, above what is taken for noise (after Lp-Reg)."""
-    if spare_ceiling == 0:
+def spare_unlikely(x: LossInputs, args: Args) -> LossInputs:
+    """Leaves out tokens of wrong responses with floor <= probability < ceiling (after Lp-Reg).
+
+    Such tokens are rare words that no punishment should remove; below the floor they are noise."""
+    if args.spare_ceiling == 0:
         return x
     probability = x.policy_logprobs.detach().exp()
-    rare = (probability >= spare_floor) & (probability < spare_ceiling)
-    return leave_out(x, rare & (x.rewards < 0.5)[x.sequence_ids] & x.response_mask)
+    rare = (probability >= args.spare_floor) & (probability < args.spare_ceiling)
+    return leave_out(x, rare & (x.rewards < 0.5)[x.sequence_ids])
 
 
-# Masks last: weights are those of whole responses.
+# Tokens are left out last, because weights are those of whole responses.
 OPTIONS = (
-    choose_advantages, weigh_by_pass_rate, weigh_confident_errors, mask_tokens, spare_unlikely,
-)  # fmt: skip
+    choose_advantages,
+    weigh_by_pass_rate,
+    weigh_confident_errors,
+    mask_tokens,
+    spare_unlikely,
+)
 
 
-def with_options(loss: Callable[..., LossOutput]) -> Callable[..., LossOutput]:
-    """The objective behind all options, which the flags switch on."""
+def with_options(loss: Objective) -> Objective:
+    """Returns the objective behind all options, which the flags switch on."""
 
-    def changed(x: LossInputs, **flags: Any) -> LossOutput:
-        """Options first, each on what the one before has left."""
+    def changed(x: LossInputs, args: Args) -> LossOutput:
+        """Applies the options, each to what the one before has left, and then the objective."""
         for option in OPTIONS:
-            x = option(x, **flags)
-        return loss(x, **flags)
+            x = option(x, args)
+        return loss(x, args)
 
     return changed

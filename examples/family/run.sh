@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Every objective, signal and trust region on the same data: the variants of variants.py, one factor
-# at a time around a default, all students under one KL budget. About 80 minutes a seed on two cores.
+# Makes every objective, signal and trust region on the same data: the variants of variants.py, one
+# factor at a time around a default, all students under one KL budget. About 90 minutes for each
+# seed on two cores.
 #
 #   SEED=1 bash examples/family/run.sh                 # runs/family/seed1, every part
 #   PART=teachers SEED=1 bash examples/family/run.sh   # one part, ten minutes or so each:
@@ -9,7 +10,7 @@
 #   PART=report SEEDS="1 2 3" bash examples/family/run.sh   # all seeds: runs/family/results.md
 #   QUICK=1 bash examples/family/run.sh                # every step in small
 #
-# Interrupted, the same command goes on where it stopped; what failed is tried again.
+# After an interruption the same command continues where it stopped; what failed is tried again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source tests/setup.sh

@@ -1,6 +1,6 @@
-"""Builds a new signals file out of those of build_signals.py, in four steps; stage 2 accepts it.
+"""Builds a new signals file from files of build_signals.py, in four steps; stage 2 accepts it.
 
-    1  combine the terms x_i = teacher_i - reference_i of all files (of one made here: its signal)
+    1  combine the terms x_i = teacher_i - reference_i of all files
        sum         sum_i w_i x_i
        mean        sum_i w_i x_i / sum_i w_i
        agreement   the mean where all x_i have one sign, else 0
@@ -11,16 +11,19 @@
        clip        min(max(x, -c), c)
        log_mixture log(alpha e^x + 1 - alpha): from below by log(1 - alpha), not from above  (TOP-D)
        power       sign(x) |x|^p
-    4  scale, so that the bounds of stage 2 leave a given number of targets for each wrong response,
-       which has one first mistake: how far a teacher has moved then no longer decides how much is
-       asked of its student, nor do many right responses drown few wrong ones
+    4  scale, so that the bounds of stage 2 leave a given number of targets for each wrong response.
+       A wrong response has one first mistake. After this step it no longer matters how far a
+       teacher has moved, and many right responses do not outweigh few wrong ones.
+
+A file that this script or join_signals.py wrote is one term, its signal. The log-probs of several
+teachers and references come from common.score, which keeps them in ROLLOUTS/logprobs/.
 
 What is one call of build_signals.py is not here: teacher minus base, minus an inverted-reward
 teacher, recovery minus unlearned, base minus unlearned (docs/family.md shows them).
 
-Reads   --signals, --rollouts, --base.
-Writes  OUTPUT (.safetensors): signal, behavior_logprobs, base_logprobs, and the first file's other
-        log-probs; its metadata and "construction". OUTPUT with suffix .json: the diagnostics.
+Reads   --signals, --rollouts, --base, and the policies that the files of several teachers name.
+Writes  OUTPUT (.safetensors): signal, behavior_logprobs and base_logprobs; the metadata of the
+        first file and "construction". OUTPUT with suffix .json: the diagnostics.
 
     python examples/family/signals.py --rollouts D --base B --signals F1 F2 --combine agreement \\
         --verdict aligned --output F
@@ -31,9 +34,9 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -42,12 +45,23 @@ from torch import Tensor
 
 import stage2_distill
 from build_signals import diagnose, is_complete, print_report
-
-from common import (  # isort: skip
-    Rollouts, UserError, fingerprint, load_rollouts, load_tensors, load_tokenizer, model_folder,
-    require, run, safe_exp, save_tensors, setup_ranks, write_json,
-)  # fmt: skip
-from stage1_extreme import group_statistics
+from common import (
+    Ranks,
+    Rollouts,
+    UserError,
+    fingerprint,
+    load_rollouts,
+    load_tensors,
+    load_tokenizer,
+    model_folder,
+    require,
+    run,
+    save_tensors,
+    score,
+    setup_ranks,
+    write_json,
+)
+from stage1_extreme import group_statistics, safe_exp
 
 
 @dataclass
@@ -59,35 +73,38 @@ class Args:
     signals: tuple[Path, ...]
     """files of build_signals.py, or of this script, for these rollouts"""
     output: Path
-    """signals file to write, name ending in .safetensors"""
+    """signals file to write; its name ends in .safetensors"""
 
     combine: Literal["sum", "mean", "agreement"] = "sum"
     """how the terms of all files become one"""
     weights: tuple[float, ...] = ()
     """w_i of each term, in the order of the files; default: as its file was built"""
     verdict: Literal["none", "aligned", "scaled"] = "none"
-    """what the verdict of the response does to its tokens' signal"""
+    """what the verdict of a response does to the signal of its tokens"""
     verdict_eps: float = 0.2
     """eps of scaled: |A| is multiplied by 1 - eps to 1 + eps (ours; RLSD's is not known to us)"""
     bound: Literal["none", "clip", "log_mixture", "power"] = "none"
-    """last step: a function of each token's signal"""
+    """a function that is applied to the signal of each token"""
     clip: float = 2.0
-    """c of clip, nats (stage 2's own clip comes after its scale)"""
+    """c of clip, nats per token (the clip of stage 2 comes after its scale)"""
     alpha: float = 0.2
     """alpha of log_mixture, the teacher's share in the proximal teacher (NeMo-RL's example: 0.2)"""
     power: float = 0.5
     """p of power; below 1 it lifts what is small (ours)"""
     targets_per_wrong: float = 0.0
-    """last, scale: tokens blamed for each wrong response, at --signal-scale 1 (ours); 0: off"""
+    """scale to so many blamed tokens per wrong response, at --signal-scale 1 (ours); 0: off"""
     signal_clip: float = stage2_distill.Args.signal_clip
-    """c of stage 2, nats, for --targets-per-wrong"""
+    """c of stage 2, nats per token, for --targets-per-wrong"""
     signal_floor: float = stage2_distill.Args.signal_floor
-    """floor of stage 2, nats, for --targets-per-wrong"""
+    """floor of stage 2, nats per token, for --targets-per-wrong"""
     token_kl: float = stage2_distill.Args.token_kl
     """delta of stage 2, nats, for --targets-per-wrong"""
+    micro_batch_tokens: int = 16384
+    """token budget of a packed row, where policies are scored"""
 
     def check(self) -> None:
         """Raises UserError on impossible values."""
+        require(self, "micro_batch_tokens", lambda v: v >= 1, "1 or more")
         if not self.signals:
             raise UserError("--signals: name at least one file")
         if self.output.suffix != ".safetensors":
@@ -117,81 +134,69 @@ def mean(terms: Tensor, weights: Tensor) -> Tensor:
 
 
 def agreement(terms: Tensor, weights: Tensor) -> Tensor:
-    """The mean where all terms have one sign, else 0: what one teacher alone believes is noise."""
+    """The mean where all terms have one sign, else 0: what one teacher alone says is noise."""
     return torch.where(same_sign(terms), mean(terms, weights), 0.0)
 
 
 def same_sign(terms: Tensor) -> Tensor:
-    """[N] bool: all terms above 0, or all below."""
+    """Marks the tokens at which all terms are above 0, or all below: [K, N] -> [N] bool."""
     return (terms > 0).all(0) | (terms < 0).all(0)
 
 
-def aligned(signal: Tensor, verdicts: Tensor, **_: Any) -> Tensor:
-    """The signal where it has the sign of the verdict (+1, -1), else 0; both [N]."""
+def aligned(signal: Tensor, verdicts: Tensor) -> Tensor:
+    """Keeps the signal where it has the sign of the verdict (+1, -1), else 0; both [N]."""
     return torch.where(signal * verdicts > 0, signal, 0.0)
 
 
-def scaled(signal: Tensor, advantages: Tensor, *, verdict_eps: float, **_: Any) -> Tensor:
+def scaled(signal: Tensor, advantages: Tensor, eps: float) -> Tensor:
     """A clip(exp(sign(A) x), 1 - eps, 1 + eps): the verdict gives the sign, the signal the size."""
-    factor = safe_exp(advantages.sign() * signal)
-    return advantages * factor.clamp(1 - verdict_eps, 1 + verdict_eps)
+    return advantages * safe_exp(advantages.sign() * signal).clamp(1 - eps, 1 + eps)
 
 
-def clip(signal: Tensor, *, clip: float, **_: Any) -> Tensor:
-    """min(max(x, -c), c)."""
-    return signal.clamp(-clip, clip)
-
-
-def log_mixture(signal: Tensor, *, alpha: float, **_: Any) -> Tensor:
+def log_mixture(signal: Tensor, alpha: float) -> Tensor:
     """log(alpha e^x + 1 - alpha): the signal of the mixture alpha teacher + (1 - alpha) base."""
     rest = torch.tensor(1 - alpha, dtype=signal.dtype).log()  # -inf at alpha 1: x itself
     return torch.logaddexp(signal + math.log(alpha), rest)
 
 
-def power(signal: Tensor, *, power: float, **_: Any) -> Tensor:
+def power(signal: Tensor, exponent: float) -> Tensor:
     """sign(x) |x|^p."""
-    return signal.sign() * signal.abs() ** power
+    return signal.sign() * signal.abs() ** exponent
 
 
-COMBINE: dict[str, Callable[..., Tensor]] = {
-    "sum": weighted_sum,
-    "mean": mean,
-    "agreement": agreement,
+COMBINE = {"sum": weighted_sum, "mean": mean, "agreement": agreement}
+BOUND: dict[str, Callable[[Tensor, Args], Tensor]] = {
+    "none": lambda signal, args: signal,
+    "clip": lambda signal, args: signal.clamp(-args.clip, args.clip),
+    "log_mixture": lambda signal, args: log_mixture(signal, args.alpha),
+    "power": lambda signal, args: power(signal, args.power),
 }
-BOUND: dict[str, Callable[..., Tensor]] = {
-    "none": lambda signal, **_: signal,
-    "clip": clip,
-    "log_mixture": log_mixture,
-    "power": power,
-}
-
-BOUNDS = ("signal_clip", "signal_floor", "token_kl")  # of stage 2
 
 
 def construct(terms: Tensor, weights: Tensor, rollouts: Rollouts, args: Args) -> Tensor:
-    """The first three steps, terms [K, N] and weights [K] -> signal [N], zero on prompts."""
+    """Takes the first three steps: terms [K, N], weights [K] -> signal [N], zero on prompts."""
     signal = COMBINE[args.combine](terms, weights)
     ids = rollouts.sequence_ids
     if args.verdict == "aligned":
         signal = aligned(signal, 2 * rollouts.rewards[ids] - 1)
-    elif args.verdict == "scaled":  # problems that all or none solved carry no advantage
-        advantages = group_statistics(rollouts.rewards, rollouts.problem_index, beta=1.0)[0]
-        signal = scaled(signal, advantages[ids], verdict_eps=args.verdict_eps)
-    signal = BOUND[args.bound](signal, clip=args.clip, alpha=args.alpha, power=args.power)
-    return torch.where(rollouts.response_mask, signal, 0.0)
+    elif args.verdict == "scaled":  # problems that all or none solved have no advantage
+        advantages, _ = group_statistics(rollouts.rewards, rollouts.problem_index)
+        signal = scaled(signal, advantages[ids], args.verdict_eps)
+    return torch.where(rollouts.response_mask, BOUND[args.bound](signal, args), 0.0)
 
 
 SCALES = [2 ** (k / 4) for k in range(-24, 41)]  # 1/64 ... 1024
 
 
 def scale_for_targets(
-    signal: Tensor, base_logprobs: Tensor, wanted: float, **bounds: float
+    signal: Tensor, base_logprobs: Tensor, wanted: float, bounds: stage2_distill.Args
 ) -> tuple[float, int]:
-    """Least of SCALES at which stage 2's bounds leave `wanted` of the tokens [N] a target below 0;
-    where none does, the one that leaves most. -> scale, tokens left."""
+    """Finds the least of SCALES at which stage 2 leaves `wanted` of the tokens [N] a target below
+    0; where none does, the one that leaves most. Returns the scale and the tokens left."""
     best = (1.0, 0)
     for scale in SCALES:
-        target = stage2_distill.bounded_target(signal, base_logprobs, signal_scale=scale, **bounds)
+        scaled_bounds = replace(bounds, signal_scale=scale)
+        target = stage2_distill.bounded_target(signal, base_logprobs, scaled_bounds)
         left = int((target < 0).sum())
         if left >= wanted:
             return scale, left
@@ -201,53 +206,114 @@ def scale_for_targets(
 
 
 def compare(terms: Tensor, signal: Tensor, rollouts: Rollouts) -> dict[str, float | None]:
-    """What the constructions turn on, as shares of the response tokens; None: nothing to divide."""
+    """Measures what the constructions depend on, as shares of the response tokens.
+
+    None: there is nothing to divide by."""
     mask = rollouts.response_mask
     terms, signal = terms[:, mask], signal[mask]
     verdicts = (2 * rollouts.rewards[rollouts.sequence_ids] - 1)[mask]
     with_verdict, size = signal * verdicts > 0, signal.abs()
+    share_of_size = (size[with_verdict].sum() / size.sum()).item() if size.any() else None
     return {
         "share_not_zero": (signal != 0).float().mean().item(),
         "share_terms_of_one_sign": same_sign(terms).float().mean().item(),
         "share_with_verdict": with_verdict.float().mean().item(),
-        "share_of_size_with_verdict":
-            (size[with_verdict].sum() / size.sum()).item() if size.any() else None,
-    }  # fmt: skip
+        "share_of_size_with_verdict": share_of_size,
+    }
 
 
 # --------------------------------------------------------------------------------------------------
 # Data
 
 
-def load_terms(
-    args: Args, rollouts: Rollouts
-) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Any]]:
-    """terms [K, N], their weights [K], arrays and metadata of the first file. Raises UserError as
-    stage 2 would, and on weights that do not fit."""
-    terms, weights, files = [], [], []
-    inputs = {"base": fingerprint(model_folder(args.base)), "rollouts": fingerprint(rollouts.path)}
+def score_role(path: Path, role: str, rollouts: Rollouts, budget: int, ranks: Ranks) -> Tensor:
+    """Log-probs [N] of one of a signals file's policies, such as "teacher_0".
+
+    Raises UserError where the file has no such single policy, or where it has changed since."""
+    metadata = load_tensors(path)[1]
+    if "crossfit" in metadata:
+        raise UserError(
+            f"--signals {path}: joined from two halves, each with its own {role}; give a file of "
+            "build_signals.py"
+        )
+    model = metadata["models"][role]
+    if fingerprint(model_folder(model["path"])) != model["fingerprint"]:
+        raise UserError(
+            f"--signals {path}: its {role}, {model['path']}, has changed since; run "
+            "build_signals.py again"
+        )
+    return score(model["path"], rollouts, budget, ranks)
+
+
+def file_terms(
+    path: Path, args: Args, rollouts: Rollouts, ranks: Ranks
+) -> tuple[list[Tensor], list[float]]:
+    """The terms [N] of one file and their weights."""
+    tensors, metadata = load_tensors(path)
+    if "construction" in metadata or "crossfit" in metadata or metadata["weights"] == [1.0]:
+        return [tensors["signal"]], [1.0]
+    terms = []
+    for i in range(len(metadata["weights"])):
+        roles = (f"teacher_{i}", f"reference_{i}")
+        scores = (score_role(path, r, rollouts, args.micro_batch_tokens, ranks) for r in roles)
+        terms.append(next(scores) - next(scores))
+    return terms, metadata["weights"]
+
+
+def load_terms(args: Args, rollouts: Rollouts, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """The terms [K, N] of all files and their weights [K].
+
+    Raises UserError as stage 2 would, and on weights that do not fit."""
+    terms, weights, behavior = [], [], None
     for path in args.signals:
-        needed = stage2_distill.Args(args.base, args.rollouts, args.output, signals=path)
-        stage2_distill.load_signals(needed, rollouts, inputs)
-        arrays, metadata = load_tensors(path, {})
-        files.append((arrays, metadata))
-        if "construction" in metadata:  # made here: its signal holds the weights
-            terms.append(arrays["signal"])
-            weights.append(1.0)
-        else:
-            terms += [arrays[f"teacher_{i}_logprobs"] - arrays[f"reference_{i}_logprobs"]
-                      for i in range(len(metadata["weights"]))]  # fmt: skip
-            weights += metadata["weights"]
-        if not torch.equal(arrays["behavior_logprobs"], files[0][0]["behavior_logprobs"]):
-            raise UserError(f"--signals {path}: its behavior policy is not that of "
-                            f"{args.signals[0]}; build both with one --behavior")  # fmt: skip
+        checked = stage2_distill.load_signals(stage2_bounds(args, path), rollouts)
+        behavior = checked[0] if behavior is None else behavior
+        if not torch.equal(checked[0], behavior):
+            raise UserError(
+                f"--signals {path}: its behavior policy is not that of {args.signals[0]}; build "
+                "both with one --behavior"
+            )
+        more_terms, more_weights = file_terms(path, args, rollouts, ranks)
+        terms += more_terms
+        weights += more_weights
     if args.weights and len(args.weights) != len(terms):
-        raise UserError(f"--weights: {len(args.weights)} given for {len(terms)} terms "
-                        "(one a teacher of each file)")  # fmt: skip
+        raise UserError(
+            f"--weights: {len(args.weights)} given for {len(terms)} terms; give one for each "
+            "teacher of each file"
+        )
     weights = list(args.weights) or weights
     if args.combine != "sum" and min(weights) <= 0:
         raise UserError(f"--weights {weights}: must be above 0 for {args.combine}; give others")
-    return torch.stack(terms), torch.tensor(weights), *files[0]
+    return torch.stack(terms), torch.tensor(weights)
+
+
+def stage2_bounds(args: Args, signals: Path) -> stage2_distill.Args:
+    """The arguments of a stage 2 that would use these bounds and this file."""
+    bounds = {name: getattr(args, name) for name in BOUNDS}
+    return stage2_distill.Args(args.base, args.rollouts, signals, args.output, **bounds)
+
+
+BOUNDS = ("signal_clip", "signal_floor", "token_kl")  # of stage 2
+STEPS = ("combine", "verdict", "verdict_eps", "bound", "clip", "alpha", "power")
+
+
+def scaled_to_targets(
+    signal: Tensor, base_logprobs: Tensor, rollouts: Rollouts, args: Args
+) -> tuple[Tensor, dict[str, float]]:
+    """Takes the fourth step: the scaled signal [N], and what the report says of it."""
+    n_wrong = int((rollouts.rewards == 0).sum())
+    if not n_wrong:
+        raise UserError(
+            f"--targets-per-wrong: no response of {args.rollouts} is wrong; drop the flag, or "
+            "sample more"
+        )
+    wanted, mask = args.targets_per_wrong * n_wrong, rollouts.response_mask
+    bounds = stage2_bounds(args, args.output)
+    scale, left = scale_for_targets(signal[mask], base_logprobs[mask], wanted, bounds)
+    return scale * signal, {"scale": scale, "blamed": left, "blamed_wanted": wanted}
+
+
+# --------------------------------------------------------------------------------------------------
 
 
 def main(args: Args) -> None:
@@ -255,10 +321,9 @@ def main(args: Args) -> None:
     ranks = setup_ranks()
     rollouts = load_rollouts(args.rollouts)
     tokenizer = load_tokenizer(args.base)
-    terms, weights, arrays, metadata = load_terms(args, rollouts)
-    used = ("combine", "verdict", "verdict_eps", "bound", "clip", "alpha", "power")
-    if args.targets_per_wrong:
-        used += ("targets_per_wrong", *BOUNDS)
+    terms, weights = load_terms(args, rollouts, ranks)
+    arrays, metadata = load_tensors(args.signals[0])
+    used = STEPS + (("targets_per_wrong", *BOUNDS) if args.targets_per_wrong else ())
     construction = {name: getattr(args, name) for name in used} | {"weights": list(args.weights)}
     construction["of"] = [fingerprint(path) for path in args.signals]
     metadata |= {"construction": construction}
@@ -266,19 +331,11 @@ def main(args: Args) -> None:
         return
     signal, scaling = construct(terms, weights, rollouts, args), {}
     if args.targets_per_wrong:
-        mask, bounds = rollouts.response_mask, {name: getattr(args, name) for name in BOUNDS}
-        n_wrong = int((rollouts.rewards == 0).sum())
-        if not n_wrong:
-            raise UserError(f"--targets-per-wrong: no response of {args.rollouts} is wrong; "
-                            "drop the flag, or sample more")  # fmt: skip
-        wanted = args.targets_per_wrong * n_wrong
-        scale, left = scale_for_targets(
-            signal[mask], arrays["base_logprobs"][mask], wanted, **bounds
-        )
-        signal, scaling = scale * signal, {"scale": scale, "blamed": left, "blamed_wanted": wanted}
+        signal, scaling = scaled_to_targets(signal, arrays["base_logprobs"], rollouts, args)
     report = diagnose(signal, rollouts, tokenizer) | compare(terms, signal, rollouts) | scaling
-    write_json(args.output.with_suffix(".json"), report | metadata)
-    save_tensors(args.output, arrays | {"signal": signal}, metadata)
+    if ranks.rank == 0:
+        write_json(args.output.with_suffix(".json"), report | metadata)
+        save_tensors(args.output, arrays | {"signal": signal}, metadata)
     print_report(report, args.output, ranks)
 
 

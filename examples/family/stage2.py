@@ -1,53 +1,112 @@
-"""More objectives for stage 2, and how to fork it: put functions into its dicts, call its `main`.
+"""Stage 2 with more objectives, and the lesson in how to fork a whole script: a copy of its main.
 
-    jsd    generalised Jensen-Shannon divergence over the whole vocabulary, to --teacher (GKD)
-    topk   KL(teacher || policy) over the teacher's top k and "any other"; --teacher is a *file* of
-           examples/family/score_topk.py, no teacher in memory
-    gopd   policy gradient with A = lambda (T - ref) - (policy - ref), policy detached; lambda is
-           --signal-scale, T - ref the signal, ref the signals' reference (G-OPD; above 1: ExOPD)
-    trrd   GRPO whose ratio is policy / (behavior^alpha T^(1 - alpha)): rewards give the direction,
-           the teacher moves the clip (RLAD)
-    kdrl   GRPO + beta 1/2 (policy - T)^2: rewards and distillation together (KDRL)
+    gopd        policy gradient with A = lambda (T - ref) - (policy - ref), the policy detached;
+                lambda is --signal-scale, and T - ref is the signal (G-OPD; above 1: ExOPD)
+    trrd        GRPO whose ratio is policy / (behavior^alpha T^(1 - alpha)): the rewards give the
+                direction, and the teacher moves the clip (RLAD)
+    kdrl        GRPO + beta 1/2 (policy - T)^2: rewards and distillation together (KDRL)
+    forward_kl  KL(T || policy), reverse_kl KL(policy || T) and jsd, the generalized Jensen-Shannon
+                divergence (GKD), over the whole vocabulary: they clone --teacher
+    topk        KL(T || policy) over the teacher's top k tokens and "any other"; --teacher is a file
+                of examples/family/score_topk.py, and no teacher is in memory
 
-T: log-probs of teacher_0 of the signals file. Besides, for any objective: --kl-target adapts the KL
-coefficient, --reanchor puts the student of the epoch's start in the place of the base.
+Here T and ref are log-probs of the first teacher and reference of the signals file, and policy is
+the student's. regression and pg of stage2_distill.py are available too. With any objective,
+--kl-target adapts the weight of the KL penalty, and --reanchor puts the student of each epoch's
+start in the place of the base.
 
-Reads and writes what stage2_distill.py does; with --reanchor also anchors/ while it runs.
+Reads   what stage2_distill.py reads; of a clone --teacher instead of --signals.
+Writes  what stage2_distill.py writes; with --reanchor also OUTPUT/anchors/, which only a resumed
+        run reads.
+
+`diff stage2_distill.py examples/family/stage2.py` shows the fork. What is unchanged is imported.
+The main is a copy, in which a comment that begins with "Family:" says what is changed.
 
     python examples/family/stage2.py --base B --rollouts D --signals F --objective gopd \\
         --signal-scale 1.25 --signal-clip inf --token-kl inf --output S
+    python examples/family/stage2.py --base B --rollouts D --teacher T --objective jsd --output S
 """
 
 from __future__ import annotations
 
 import math
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import torch
-from divergences import jsd, topk
+import torch.distributed as dist
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from divergences import Head, forward_kl, jsd, reverse_kl, topk
+from signals import score_role
+
 import stage2_distill
-
-from common import (  # isort: skip
-    Ranks, Rollouts, Row, UserError, fingerprint, load_tensors, model_folder, read_json, require,
-    run, save_tensors, setup_ranks,
-)  # fmt: skip
+from build_signals import check_vocabularies
+from common import (
+    MetricsLog,
+    Policy,
+    Ranks,
+    Rollouts,
+    Row,
+    UserError,
+    check_sampling,
+    epoch_batches,
+    fingerprint,
+    head_logprobs,
+    load_checkpoint,
+    load_policy,
+    load_rollouts,
+    load_tensors,
+    load_tokenizer,
+    make_optimizer,
+    make_row,
+    means,
+    model_folder,
+    optimizer_step,
+    pack,
+    progress,
+    read_json,
+    require,
+    row_logprobs,
+    run,
+    save_checkpoint,
+    save_model,
+    save_tensors,
+    score,
+    setup_ranks,
+    start_run,
+)
 from stage1_extreme import group_statistics
-from stage2_distill import DistillInputs, LossOutput, pg_loss
+from stage2_distill import (
+    DistillInputs,
+    LossOutput,
+    bounded_target,
+    diagnostics,
+    kl_penalty,
+    load_signals,
+    measure_kl_proxy,
+    pg_loss,
+    print_targets,
+    split_problems,
+)
+
+CLONES = ("jsd", "topk", "forward_kl", "reverse_kl")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Args(stage2_distill.Args):
+    signals: Path | None = None
+    """file written by build_signals.py for these rollouts; clones have none"""
+    teacher: str | None = None
+    """policy to clone, a folder or hub name; for topk a file written by score_topk.py"""
+
     objective: Literal[
-        "jsd", "topk", "gopd", "trrd", "kdrl", "regression", "pg", "forward_kl", "reverse_kl"
+        "gopd", "trrd", "kdrl", "jsd", "topk", "forward_kl", "reverse_kl", "regression", "pg"
     ] = "gopd"
     """objective, see the top of this page"""
     jsd_beta: float = 0.5
@@ -55,64 +114,98 @@ class Args(stage2_distill.Args):
     trrd_alpha: float = 0.5
     """trrd: share of the behavior policy in the ratio's anchor; 1: GRPO (0.5: a public script)"""
     kdrl_beta: float = 1e-3
-    """kdrl: weight of 1/2 (policy - T)^2 a token (KDRL: annealed from 5e-3 to 1e-3)"""
+    """kdrl: weight of 1/2 (policy - T)^2 per token (KDRL: annealed from 5e-3 to 1e-3)"""
     kl_target: float | None = None
-    """KL proxy, nats a response, that --kl-coef is doubled or halved towards (PPO's adaptive KL)"""
+    """KL proxy, nats per response, that --kl-coef is doubled or halved towards (PPO; ours: off)"""
     reanchor: bool = False
     """targets (of regression, bounds of pg and gopd) and penalty count from the epoch's start"""
+
+    @property
+    def source(self) -> Path:
+        """The file or model folder that the student learns from."""
+        if self.signals is not None:
+            return self.signals
+        return Path(self.teacher) if self.objective == "topk" else model_folder(self.teacher)
 
     def check(self) -> None:
         """Raises UserError on impossible combinations."""
         super().check()
+        clones = self.objective in CLONES
+        needed, other = ("teacher", "signals") if clones else ("signals", "teacher")
+        if getattr(self, needed) is None or getattr(self, other) is not None:
+            raise UserError(
+                f"--objective {self.objective} reads --{needed} and not --{other}; give the first "
+                "and drop the second"
+            )
         require(self, "jsd_beta trrd_alpha", lambda v: 0 <= v <= 1, "between 0 and 1")
         require(self, "kdrl_beta", lambda v: 0 <= v < math.inf, "0 or more, and finite")
-        require(self, "kl_target", lambda v: v is None or v > 0, "above 0 nats")
+        require(self, "kl_target", lambda v: v > 0, "above 0 nats")
         if self.kl_target is not None and not self.kl_coef:
             raise UserError("--kl-target adapts --kl-coef; start it above 0, for example at 0.01")
         with_target = ("regression", "pg", "gopd")
         if self.reanchor and not self.kl_coef and self.objective not in with_target:
-            raise UserError(f"--reanchor --objective {self.objective}: nothing in it counts from "
-                            "the base; add --kl-coef, or drop --reanchor")  # fmt: skip
+            raise UserError(
+                f"--reanchor --objective {self.objective}: nothing in it counts from the base; add "
+                "--kl-coef, or drop --reanchor"
+            )
 
 
 # --------------------------------------------------------------------------------------------------
-# The mathematics. Policy gradients share stage 2's clip: a replaced input is a new objective.
+# The mathematics. The policy gradients share the clip of stage 2: with another input it is another
+# objective.
 
 
-def gopd_loss(x: DistillInputs, *, reference_logprobs: Tensor, **settings: Any) -> LossOutput:
+@dataclass(frozen=True)
+class Inputs(DistillInputs):
+    """What an objective may look at; the new fields are None unless it needs them."""
+
+    divergence: Tensor | None = None  # [R] nats, from the teacher's distribution to the student's
+    teacher_logprobs: Tensor | None = None  # [R] float32, T
+    reference_logprobs: Tensor | None = None  # [R] float32, ref
+    advantages: Tensor | None = None  # [R] float32, GRPO's, of the rewards
+
+
+def gopd_loss(x: Inputs, args: Args) -> LossOutput:
     """A = target - (policy - reference), detached: it ends where the policy meets its target."""
-    moved = (x.policy_logprobs.detach() - reference_logprobs) * x.response_mask
-    return pg_loss(replace(x, target=x.target - moved), **settings)
+    moved = x.policy_logprobs.detach() - x.reference_logprobs
+    return pg_loss(replace(x, target=x.target - moved), args)
 
 
-def trrd_loss(
-    x: DistillInputs, *, trrd_alpha: float, teacher_logprobs: Tensor, advantages: Tensor,
-    **settings: Any,
-) -> LossOutput:  # fmt: skip
+def trrd_loss(x: Inputs, args: Args) -> LossOutput:
     """Clip of r = exp(alpha (policy - behavior) + (1 - alpha) (policy - T)); A of the rewards."""
-    anchor = trrd_alpha * x.behavior_logprobs + (1 - trrd_alpha) * teacher_logprobs
-    return pg_loss(replace(x, target=advantages, behavior_logprobs=anchor), **settings)
+    anchor = args.trrd_alpha * x.behavior_logprobs + (1 - args.trrd_alpha) * x.teacher_logprobs
+    return pg_loss(replace(x, target=x.advantages, behavior_logprobs=anchor), args)
 
 
-def kdrl_loss(
-    x: DistillInputs, *, kdrl_beta: float, teacher_logprobs: Tensor, advantages: Tensor,
-    **settings: Any,
-) -> LossOutput:  # fmt: skip
-    """GRPO + beta 1/2 (policy - T)^2 (k2: its gradient is that of the reverse KL on fresh samples
-    of the policy; on samples of the base only near the base)."""
-    loss, metrics = pg_loss(replace(x, target=advantages), **settings)
-    distance = (x.policy_logprobs - teacher_logprobs).square() / 2 * x.response_mask
-    return loss + kdrl_beta * distance.sum(), metrics
+def kdrl_loss(x: Inputs, args: Args) -> LossOutput:
+    """GRPO + beta 1/2 (policy - T)^2, the estimator k2.
+
+    Its gradient is that of the reverse KL on fresh samples of the policy; on samples of the base it
+    is so only near the base."""
+    loss, metrics = pg_loss(replace(x, target=x.advantages), args)
+    distance = (x.policy_logprobs - x.teacher_logprobs).square() / 2
+    return loss + args.kdrl_beta * distance.sum(), metrics
 
 
-LOSSES = {"gopd": gopd_loss, "trrd": trrd_loss, "kdrl": kdrl_loss}
+def clone_loss(x: Inputs, args: Args) -> LossOutput:
+    """Sum of the divergence from the teacher, which the forward has computed."""
+    return x.divergence.sum(), {}
+
+
+OBJECTIVES: dict[str, Callable[[Inputs, Args], LossOutput]] = {
+    **stage2_distill.OBJECTIVES,
+    "gopd": gopd_loss,
+    "trrd": trrd_loss,
+    "kdrl": kdrl_loss,
+    **dict.fromkeys(CLONES, clone_loss),
+}
 
 
 def adapted_kl_coef(args: Args, kl_coef: float, kl_proxy: float) -> float:
-    """PPO's rule: twice the weight above 1.5 targets, half below 1/1.5 of it."""
+    """PPO's rule: the weight doubles above 1.5 targets and halves below 1/1.5 of the target."""
     if args.kl_target is None:
         return kl_coef
-    if kl_proxy > 1.5 * args.kl_target:
+    if not kl_proxy <= 1.5 * args.kl_target:
         return 2 * kl_coef
     return kl_coef / 2 if kl_proxy < args.kl_target / 1.5 else kl_coef
 
@@ -120,77 +213,202 @@ def adapted_kl_coef(args: Args, kl_coef: float, kl_proxy: float) -> float:
 # --------------------------------------------------------------------------------------------------
 # Data
 
-
-def rewards_and_policies(args: Args, rollouts: Rollouts) -> dict[str, Tensor]:
-    """teacher_logprobs, reference_logprobs of the signals' first term, GRPO's advantages: 3 [N].
-    Only for the objectives that read them."""
-    if args.objective not in LOSSES:
-        return {}
-    needed = dict.fromkeys(("teacher_0_logprobs", "reference_0_logprobs"), torch.float32)
-    arrays = load_tensors(args.signals, needed)[0]
-    advantages, _, _ = group_statistics(rollouts.rewards, rollouts.problem_index, beta=1.0)
-    return {
-        "teacher_logprobs": arrays["teacher_0_logprobs"],
-        "reference_logprobs": arrays["reference_0_logprobs"],
-        "advantages": advantages[rollouts.sequence_ids] * rollouts.response_mask,
-    }
+Teacher = Callable[[Row], Any]  # gives the teacher's side of a divergence at R positions
 
 
-def vocabulary_size(model: str) -> int | None:
-    """As its config has it."""
-    return read_json(model_folder(model) / "config.json").get("vocab_size")
+def signal_arrays(args: Args, rollouts: Rollouts, ranks: Ranks) -> dict[str, Tensor]:
+    """Loads the signal and what an objective reads besides: {field of Inputs, or "signal": [N]}.
+
+    A clone has no signal. gopd, trrd and kdrl need the log-probs of the signal's own policies."""
+    budget = args.micro_batch_tokens
+    if args.signals is None:
+        check_vocabularies([args.base] if args.objective == "topk" else [args.base, args.teacher])
+        base = score(args.base, rollouts, budget, ranks)
+        return {"behavior_logprobs": base, "base_logprobs": base, "signal": torch.zeros_like(base)}
+    names = ("behavior_logprobs", "base_logprobs", "signal")
+    arrays = dict(zip(names, load_signals(args, rollouts), strict=True))
+    if args.objective == "gopd":
+        reference = score_role(args.signals, "reference_0", rollouts, budget, ranks)
+        arrays["reference_logprobs"] = reference
+    elif args.objective in ("trrd", "kdrl"):
+        advantages, _ = group_statistics(rollouts.rewards, rollouts.problem_index)
+        arrays["advantages"] = advantages[rollouts.sequence_ids]
+        arrays["teacher_logprobs"] = score_role(args.signals, "teacher_0", rollouts, budget, ranks)
+    return arrays
 
 
-def load_topk(
-    args: Args, rollouts: Rollouts, ranks: Ranks
-) -> Callable[[Row, Any], tuple[Tensor, Tensor]]:
-    """Stands in the place of the teacher: row -> ids [R, k], log-probs [R, k + 1].
+def load_teacher(args: Args, rollouts: Rollouts, ranks: Ranks) -> Teacher | None:
+    """Loads the policy to clone, or the file of its top k tokens; None without --teacher."""
+    if args.teacher is None:
+        return None
+    if args.objective == "topk":
+        return load_topk(args, rollouts, ranks)
+    policy = load_policy(args.teacher, ranks, train=False)
 
-    Raises UserError where the file is of other rollouts."""
-    needed = {"topk_ids": torch.int32, "topk_logprobs": torch.float32}
-    arrays, metadata = load_tensors(Path(args.teacher), needed)
-    if metadata.get("rollouts") != fingerprint(rollouts.path):
-        raise UserError(f"--teacher {args.teacher}: made for other rollouts than {rollouts.path}; "
-                        "run examples/family/score_topk.py on these")  # fmt: skip
-    size, highest = vocabulary_size(args.base), int(arrays["topk_ids"].max())
-    if size is not None and highest >= size:
-        raise UserError(f"--teacher {args.teacher}: has token {highest}, but the vocabulary of "
-                        f"'{args.base}' has {size}; use one family")  # fmt: skip
-
-    def at_row(row: Row, _: Any) -> tuple[Tensor, Tensor]:
-        """Those of its response tokens."""
-        where = row.flat[row.response_index.cpu()]
-        return tuple(arrays[name][where].to(ranks.device) for name in needed)
+    @torch.no_grad()
+    def at_row(row: Row) -> Head:
+        """Returns hidden states [R, D] and output matrix [V, D]."""
+        # A copy of the matrix, because FSDP frees its own after the forward.
+        return policy(row, lambda hidden, weight: (hidden, weight.clone()))
 
     return at_row
 
 
-def anchor(
-    args: Args, epoch: int, base_logprobs: Tensor, score_now: Callable[[], Tensor], ranks: Ranks
+def load_topk(args: Args, rollouts: Rollouts, ranks: Ranks) -> Teacher:
+    """Reads a file of score_topk.py. Raises UserError where it is of other rollouts or tokens."""
+    arrays, metadata = load_tensors(Path(args.teacher))
+    if metadata.get("rollouts") != fingerprint(rollouts.path) or "topk_ids" not in arrays:
+        raise UserError(
+            f"--teacher {args.teacher}: not made by score_topk.py for {rollouts.path}; run it on "
+            "these rollouts"
+        )
+    ids, logprobs = arrays["topk_ids"].long(), arrays["topk_logprobs"]
+    size = read_json(model_folder(args.base) / "config.json").get("vocab_size", math.inf)
+    if ids.max() >= size:
+        raise UserError(
+            f"--teacher {args.teacher}: has token {ids.max()}, but the vocabulary of "
+            f"'{args.base}' has {size}; use models of one family"
+        )
+    return lambda row: (ids[row.flat].to(ranks.device), logprobs[row.flat].to(ranks.device))
+
+
+def forward_row(
+    policy: Policy, teacher: Teacher | None, row: Row, temperature: float, args: Args
+) -> dict[str, Tensor]:
+    """Computes policy_logprobs and entropy of a row, and of a clone the divergence: [R] each."""
+    if teacher is None:
+        logprobs, entropy = row_logprobs(policy, row, temperature)
+        return {"policy_logprobs": logprobs, "entropy": entropy}
+    given, targets = teacher(row), row.tokens[row.response_index]
+
+    def head(hidden: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        """Computes all three from the student's hidden states and output matrix."""
+        student = (hidden, weight)
+        if args.objective == "jsd":
+            divergence = jsd(given, student, temperature, args.jsd_beta)
+        else:
+            kinds = {"topk": topk, "forward_kl": forward_kl, "reverse_kl": reverse_kl}
+            divergence = kinds[args.objective](given, student, temperature)
+        logprobs, entropy = head_logprobs(hidden, weight, targets, temperature)
+        return {"policy_logprobs": logprobs, "entropy": entropy, "divergence": divergence}
+
+    return policy(row, head)
+
+
+@torch.no_grad()
+def anchor_logprobs(
+    policy: Policy, rollouts: Rollouts, epoch: int, at_start: bool, args: Args, ranks: Ranks
 ) -> Tensor:
-    """The student's log-probs [N] at the start of the epoch, stored, for a run that is resumed
-    within it has moved on."""
-    if not args.reanchor or epoch == 0:
-        return base_logprobs
+    """Log-probs [N] of the student at the start of an epoch.
+
+    They are kept in a file, because a run that is resumed within the epoch has moved on."""
     path = args.output / "anchors" / f"epoch-{epoch:03d}.safetensors"
-    if not path.is_file():
-        logprobs = score_now()
+    if at_start:
+        logprobs = torch.zeros(len(rollouts.tokens), device=ranks.device)
+        temperature, lengths = check_sampling(rollouts, force=True), rollouts.lengths.tolist()
+        for members in pack(lengths, args.micro_batch_tokens, ranks.world_size)[ranks.rank]:
+            row = make_row(rollouts, members, ranks.device)
+            logprobs[row.flat.to(ranks.device)] = row_logprobs(policy, row, temperature)[0]
+        dist.all_reduce(logprobs)
         if ranks.rank == 0:
-            save_tensors(path, {"logprobs": logprobs}, {})
-        ranks.barrier()
-    return load_tensors(path, {"logprobs": torch.float32})[0]["logprobs"]
+            save_tensors(path, {"logprobs": logprobs.cpu()}, {})
+        dist.barrier()
+    return load_tensors(path)[0]["logprobs"]
+
+
+# --------------------------------------------------------------------------------------------------
 
 
 def main(args: Args) -> None:
-    clones = {"jsd": (stage2_distill.load_teacher, jsd), "topk": (load_topk, topk)}
-    stage2_distill.CLONES.update(clones)
-    stage2_distill.OBJECTIVES.update(LOSSES | dict.fromkeys(clones, stage2_distill.clone_loss))
-    stage2_distill.more_arrays = rewards_and_policies
-    stage2_distill.next_kl_coef = adapted_kl_coef
-    stage2_distill.epoch_anchor = anchor
-    stage2_distill.main(args)
-    if setup_ranks().rank == 0:
-        shutil.rmtree(args.output / "anchors", ignore_errors=True)  # of a finished run
+    args.check()
+    ranks = setup_ranks()
+    rollouts = load_rollouts(args.rollouts)
+    temperature = check_sampling(rollouts, args.force)
+    arrays = signal_arrays(args, rollouts, ranks)  # Family: {field of Inputs: [N]}
+    signal, base_logprobs = arrays.pop("signal"), arrays["base_logprobs"]
+    target = arrays["target"] = bounded_target(signal, base_logprobs, args)  # [N]
+    trained, held_out = split_problems(rollouts, args.kl_holdout, args.seed)
+    steps_per_epoch = math.ceil(len(trained) / args.batch_size)
+    total_steps = args.epochs * steps_per_epoch
+    start = args.init or args.base
+    tokenizer = load_tokenizer(args.base)
+    inputs = {"rollouts": rollouts.path, "base": model_folder(args.base)}
+    inputs |= {"init": model_folder(start), "source": args.source}
+    teacher = load_teacher(args, rollouts, ranks)  # Family: None, unless a teacher is cloned
+    if not start_run(args.output, args, inputs, ranks):  # all input is checked before this
+        return
+    if teacher is None:
+        print_targets(args, signal, target, rollouts, ranks)
+    policy = load_policy(start, ranks, train=True, checkpointing=args.activation_checkpointing)
+    optimizer = make_optimizer(policy, args.learning_rate, args.weight_decay)
+    state = load_checkpoint(args.output, policy, optimizer, ranks) or {"step": 0}
+    if state["step"] == 0:
+        spent = measure_kl_proxy(policy, rollouts, held_out, base_logprobs, args, ranks)
+        if not spent <= args.kl_budget:
+            raise UserError(f"--kl-budget {args.kl_budget}: {start} starts at {spent:.3f} nats")
+        ranks.print(f"KL proxy at the start: {spent:.4f} nats per response")
+        state |= {"kl_proxy": spent, "kl_coef": args.kl_coef}  # Family: the weight may change
+        save_checkpoint(args.output, state, policy, optimizer, ranks)  # the first within the budget
+    spent, kl_coef = state["kl_proxy"], state["kl_coef"]
+    log = MetricsLog(args.output, state["step"], ranks, args.tensorboard)
+    bar = progress(ranks, total_steps, state["step"], f"stage 2 {args.objective}")
+
+    for step in range(state["step"] + 1, total_steps + 1):
+        # The responses of this step, packed into rows; every rank has equally many rows.
+        epoch, within = divmod(step - 1, steps_per_epoch)
+        batch = trained[epoch_batches(len(trained), args.batch_size, args.seed, epoch)[within]]
+        lengths = rollouts.lengths[batch].tolist()
+        rows = pack(lengths, args.micro_batch_tokens, ranks.world_size)[ranks.rank]
+
+        # Family: from the second epoch on the student itself may take the base's place.
+        if args.reanchor and epoch and (within == 0 or arrays["base_logprobs"] is base_logprobs):
+            anchor = anchor_logprobs(policy, rollouts, epoch, within == 0, args, ranks)
+            arrays |= {"base_logprobs": anchor, "target": bounded_target(signal, anchor, args)}
+
+        # Losses are sums. One count over the whole batch divides them, so that neither the number
+        # of rows nor that of ranks changes the objective.
+        divisor = int(rollouts.response_lens[batch].sum())
+        metrics = []
+        for members in rows:
+            row = make_row(rollouts, batch[members].tolist(), ranks.device)
+            student = forward_row(policy, teacher, row, temperature, args)  # [R] each
+            others = {name: v[row.flat].to(ranks.device) for name, v in arrays.items()}  # [R] each
+            x = Inputs(**student, **others)  # Family: more fields
+            loss_sum, measured = OBJECTIVES[args.objective](x, args)
+            loss = loss_sum / divisor
+            if kl_coef:
+                penalty = kl_penalty(x.log_ratio, args.kl_direction).sum() / len(batch)
+                loss = loss + kl_coef * penalty
+            (loss * ranks.world_size).backward()  # FSDP averages over ranks; the objective is a sum
+            share = 1 / (len(rows) * ranks.world_size)  # so that the losses of the rows add up
+            measured["loss"] = torch.stack([loss.detach(), loss.new_tensor(share)])
+            metrics.append(measured | diagnostics(x))
+
+        # One optimizer step, logged as means over the global batch.
+        values = means(metrics)
+        learning_rate = args.learning_rate * min(1.0, step / max(1, args.warmup_steps))
+        grad_norm = optimizer_step(policy, optimizer, learning_rate, args.max_grad_norm)
+        values |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
+        measured_now = step % args.kl_every == 0 or step == total_steps
+        if measured_now:
+            spent = measure_kl_proxy(policy, rollouts, held_out, base_logprobs, args, ranks)
+            values["kl_proxy"] = spent
+            kl_coef = values["kl_coef"] = adapted_kl_coef(args, kl_coef, spent)  # Family
+        log.write({"step": step, "epoch": step / steps_per_epoch} | values)
+        bar.set_postfix(loss=f"{values['loss']:.3f}", kl=f"{spent:.2f}", refresh=False)
+        bar.update()
+
+        # The KL budget bounds the whole policy: past it, back to the last policy within it.
+        if measured_now and not spent <= args.kl_budget:
+            good = load_checkpoint(args.output, policy, optimizer, ranks)["step"]
+            ranks.print(f"step {step}: KL proxy {spent:.3f} nats, past the budget; back to {good}")
+            break
+        if measured_now:
+            state = {"step": step, "kl_proxy": spent, "kl_coef": kl_coef}
+            save_checkpoint(args.output, state, policy, optimizer, ranks)
+
+    bar.close()
+    save_model(policy, tokenizer, args.output, ranks)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,22 @@
 """The variants that examples/family/run.sh compares, and the commands that make each of them.
 
-One factor at a time around a default: the objective of stage 1, then the signal, then stage 2 and
-its trust region; all students under one KL budget. A line of the tables below is a variant: drop
-it, change it, add one, and the same command makes what is missing. Every step is a command of this
-repository, written down in RUN/logs, and goes on where it was interrupted. A variant that fails
-does not stop the others; RUN/failed says why, and so does the table of compare.py.
+One factor at a time is changed around a default: the objective of stage 1, then the signal, then
+stage 2 and its trust region. All students have one KL budget. A line of the tables below is a
+variant: drop it, change it or add one, and the same command makes what is missing. Every step is a
+command of this repository, is written down in RUN/logs, and continues where it was interrupted. A
+variant that fails does not stop the others. RUN/failed holds the reason, which the table of
+compare.py shows.
 
 Parts, in this order (--part all: one after the other):
 
     data        problems, base, rollouts, the base judged
     teachers    stage 1 of every objective
-    objectives  signal (teacher minus base) and student of each, the same stage 2 for all
-    options     the same of other targets, advantages, weights and masks of stage 1
+    objectives  the signal (teacher minus base) and the student of each, with one stage 2 for all
+    options     the same for other targets, advantages, weights and masks of stage 1
     longer      twice as many epochs, where two end short of the student's KL
-    references  unlearned, recovered and cross-fitted policies; all signals built of them
+    references  unlearned, recovered and cross-fitted policies; all signals built from them
     signals     the student of each signal
-    constructed the student of each signal that is made of other signals
+    constructed the student of each signal that is made from other signals
     trust       the students of other trust regions
     stage2      the students of other stage-2 objectives
     curves      every checkpoint of stage 1 on held-out problems
@@ -27,34 +28,27 @@ Parts, in this order (--part all: one after the other):
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-import os
 import shlex
-import signal
+import subprocess
 import sys
 import time
-import types
-from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-import torch
-import transformers.models.qwen3.modeling_qwen3  # noqa: F401  # once, before the forks below
 
 import common
 
 ROOT = Path(__file__).resolve().parents[2]
 
 # --------------------------------------------------------------------------------------------------
-# The tables: NAME: FLAGS, the most informative first.
+# The tables, NAME: FLAGS. The most informative variants come first.
 
 TEACHER = "--epochs 2 --save-at 0.5 1 2"
-# Stage 1. Learning rates: a first guess on seed 0, mostly one tried for each.
+# Stage 1. The learning rates are a first guess on seed 0; for most objectives one was tried.
 OBJECTIVES = {
     "ce_gentle": "--loss ce --beta 0.5 --learning-rate 2e-4",
     "mse": "--loss mse --beta 0.3 --learning-rate 2e-4",
@@ -75,8 +69,9 @@ OBJECTIVES = {
     "psr": "--loss psr --learning-rate 2e-4",
     "gspo": "--loss gspo --learning-rate 2e-4",
 }
-# What changes an objective of stage 1: the other targets of mse, Dr.GRPO's advantages, and weights
-# and masks on GRPO. Their authors' values where there are any (docs/family.md), nothing was tuned.
+# Changes of an objective of stage 1: the other targets of mse, Dr.GRPO's advantages, and weights
+# and masks on GRPO, with their authors' values where there are any (docs/family.md). Nothing was
+# tuned.
 OPTIONS = {
     "mse_verdict": "--loss mse --mse-target verdict --beta 0.3 --learning-rate 2e-4",
     "mse_centred": "--loss mse --mse-target centred --beta 0.3 --learning-rate 2e-4",
@@ -87,25 +82,35 @@ OPTIONS = {
     "nsr_spared": "--loss nsr --spare-ceiling 0.2 --learning-rate 1e-4",
 }
 TEACHERS = OBJECTIVES | OPTIONS
-# Curves that end short of their student's KL say nothing of early stopping there. Those that did so
-# on any of seeds 1 to 3 go on to four epochs, as many as teacher and student take together.
+# A curve that ends short of its student's KL says nothing about early stopping there. Those that
+# did so on any of seeds 1 to 3 go on to four epochs, as many as teacher and student take together.
 LONGER = (
-    "mse", "grpo", "nft", "dapo", "topr", "reinforce", "vespo", "nsr", "sft", "weighted_reinforce",
+    "mse",
+    "grpo",
+    "nft",
+    "dapo",
+    "topr",
+    "reinforce",
+    "vespo",
+    "nsr",
+    "sft",
+    "weighted_reinforce",
     "gspo",
-)  # fmt: skip
+)
 LONGER_EPOCHS = "--epochs 4 --save-at 3 4"
 
-# Their students, teacher minus base. Teachers moved by very different amounts, so each signal is
-# scaled until 1.3 tokens are blamed for each wrong response, about what the loudest do at scale 1.
+# Their students; the signal is teacher minus base. Teachers moved by very different amounts, so
+# each signal is scaled until 1.3 tokens are blamed for each wrong response, which is about what the
+# strongest signals do at scale 1.
 BOUNDS = "--signal-clip 3 --signal-floor 1 --token-kl 0.2"
 SCALED = f"--targets-per-wrong 1.3 {BOUNDS}"
 STUDENT = f"--objective regression --epochs 2 --learning-rate 2e-4 --signal-scale 1 {BOUNDS}"
 
-# Policies that signals are built against, in chains: a later one may start at an earlier.
+# Policies that signals are built against, in chains: a later one may start from an earlier one.
 REFERENCES = {
     "mse_unlearned": {
         "mse_unlearned": "--loss mse --beta 0.3 --invert-rewards --learning-rate 2e-4 "
-        "--epochs 3 --save-at 3",
+        "--epochs 3 --save-at 3"
     },
     "ce_unlearned": {
         "ce_unlearned": "--loss ce --beta 0.5 --ce-prior --invert-rewards --learning-rate 2e-4 "
@@ -113,17 +118,18 @@ REFERENCES = {
         "recovered": "--init {stage1}/ce_unlearned --loss sft --learning-rate 2e-4 "
         "--epochs 2 --save-at 2",
     },
-    # By heart: one problem in sixteen, its responses forty times. {run}/few is made by a split.
+    # This one learns one problem in sixteen by heart, in forty epochs. A split makes {run}/few.
     "memorised": {
         "memorised": "--rollouts {run}/few/1 --loss ce --beta 0.05 --learning-rate 3e-4 "
-        "--batch-size 64 --epochs 40 --save-at 40",
+        "--batch-size 64 --epochs 40 --save-at 40"
     },
     "collapsed": {
         "collapsed": "--loss ce --beta 0.05 --unlearn --learning-rate 1e-4 --epochs 1 --save-at 1",
         "risen": "--init {stage1}/collapsed --loss sft --learning-rate 2e-4 --epochs 2 --save-at 2",
     },
 }
-# Signals: NAME: (how it is built, its stage 2). Of policies first, then of other signals.
+# Signals, NAME: (how it is built, its stage 2). First come those of policies, then those of other
+# signals.
 DEFAULT_BOUNDS = "--signal-clip 2.5 --signal-floor 1.5 --token-kl 0.5"
 DEFAULT = f"--signal-scale 8 {DEFAULT_BOUNDS}"
 SIGNALS = {
@@ -174,8 +180,8 @@ SIGNALS = {
         "--combine mean",
         "--signal-scale 10 --signal-clip 2.2 --signal-floor 1.5 --token-kl 0.5",
     ),
-    # The strong teacher and the unlearned policy, the latter 8-fold as in the default: both terms
-    # added, or only where they agree (9: the mean times the sum of the weights).
+    # The strong teacher and the unlearned policy, whose weight is 8 as in the default. Both terms
+    # are added, or kept only where they agree (scale 9: the mean times the sum of the weights).
     "sum": (
         "--signals {signals}/strong.safetensors {signals}/mse_unlearned.safetensors "
         "--weights 1 8 --combine sum",
@@ -186,33 +192,28 @@ SIGNALS = {
         "--weights 1 8 --combine agreement",
         "--signal-scale 9 --signal-clip 2.5 --signal-floor 1.5 --token-kl 0.5",
     ),
-    "verdict_aligned": (
-        "--signals {signals}/mse_unlearned.safetensors --verdict aligned",
-        DEFAULT,
-    ),
+    "verdict_aligned": ("--signals {signals}/mse_unlearned.safetensors --verdict aligned", DEFAULT),
     "verdict_scaled": (
         "--signals {signals}/mse_unlearned.safetensors --verdict scaled",
         "--objective pg --signal-scale 1 --signal-clip 3 --signal-floor 0 --token-kl inf "
         "--learning-rate 1e-4",
     ),
 }
-# The default's signal under the stage 2 of the objectives, so that they can be told from it; and
-# bounded by functions that change its size, hence scaled to about what the default blames.
+# The default's signal under the stage 2 of the objectives, so that they can be compared with it.
+# And the default's signal bounded by functions that change its size; these are scaled to about as
+# many blamed tokens as the default's.
 SCALED_DEFAULT = f"--targets-per-wrong 1.35 {DEFAULT_BOUNDS}"
 OF_DEFAULT = "--signals {signals}/mse_unlearned.safetensors"
+OF_SCALED = f"--signal-scale 1 {DEFAULT_BOUNDS}"
 SIGNALS |= {
     "as_objectives": (f"{OF_DEFAULT} {SCALED}", STUDENT),
-    "log_mixture": (
-        f"{OF_DEFAULT} --bound log_mixture {SCALED_DEFAULT}", f"--signal-scale 1 {DEFAULT_BOUNDS}"
-    ),
-    "power": (
-        f"{OF_DEFAULT} --bound power {SCALED_DEFAULT}", f"--signal-scale 1 {DEFAULT_BOUNDS}"
-    ),
-}  # fmt: skip
+    "log_mixture": (f"{OF_DEFAULT} --bound log_mixture {SCALED_DEFAULT}", OF_SCALED),
+    "power": (f"{OF_DEFAULT} --bound power {SCALED_DEFAULT}", OF_SCALED),
+}
 DEFAULT_SIGNAL = "mse_unlearned"
 SIGNAL_STUDENT = "--objective regression --epochs 3 --learning-rate 3e-4"
 
-# Stage 2, NAME: (signal, what differs from the default). First the trust region.
+# Stage 2, NAME: (signal, what differs from the default). First come the trust regions.
 TRUST = {
     "no_token_kl": (DEFAULT_SIGNAL, "--token-kl inf"),
     "no_floor": (DEFAULT_SIGNAL, "--signal-floor 0"),
@@ -220,7 +221,7 @@ TRUST = {
     "reanchor": (DEFAULT_SIGNAL, "--reanchor"),
     "adaptive_kl": (DEFAULT_SIGNAL, "--kl-coef 0.01 --kl-target 0.7"),
 }
-# Then the objective; of a clone, the teacher's name stands for the signal.
+# Then the objectives. A clone has the name of its teacher instead of a signal.
 STAGE2 = {
     "pg": (DEFAULT_SIGNAL, "--objective pg --learning-rate 2e-4"),
     "pg_wide": (DEFAULT_SIGNAL, "--objective pg --learning-rate 2e-4 --clip-low 0.9 --clip-high 2"),
@@ -243,16 +244,17 @@ STAGE2 = {
     "trrd_strong": ("strong", "--objective trrd --learning-rate 2e-4"),
     "kdrl_strong": ("strong", "--objective kdrl --learning-rate 2e-4"),
 }
-# Of a teacher: no signal, no bounds of it.
+# The clones of a teacher: they have no signal and no bounds of one.
 CLONES = ("reverse_kl", "forward_kl", "jsd", "topk", "forward_kl_strong")
 
-# Of all students, nats of the proxy, KL(base || student): a guard against running away, no brake.
-# The proxy counts deep cuts dearer than the KL that is reported: the default ends at proxies of 1.0
-# and 1.3 (seeds 0 and 1) and KLs of 0.61. A student stopped half-way by its budget has spent as
-# much KL as one that comes to its end, and learnt less: tight_budget.
-BUDGET = "--kl-budget 2 --kl-budget-action rollback --kl-every 8"
+# The budget of all students, nats per response of the proxy, KL(base || student). It is a guard
+# against running away and not a brake. The proxy counts deep cuts at a higher price than the KL
+# that is reported: on seeds 0 and 1 the default ends at proxies of 1.0 and 1.3, and at KLs of 0.61.
+# A student that its budget stops half-way has spent as much KL as one that comes to its end, and
+# has learnt less (tight_budget).
+BUDGET = "--kl-budget 2 --kl-every 8"
 
-QUICK = ("ce_gentle", "mse_unlearned", "no_floor", "pg")  # what --quick makes: one of each factor
+QUICK = ("ce_gentle", "mse_unlearned", "no_floor", "pg")  # --quick makes one of each factor
 
 
 @dataclass
@@ -260,16 +262,27 @@ class Args:
     run: Path
     """folder to write, such as runs/family/seed1"""
     part: Literal[
-        "all", "data", "teachers", "objectives", "options", "longer", "references", "signals",
-        "constructed", "trust", "stage2", "curves", "judge",
-    ] = "all"  # fmt: skip
+        "all",
+        "data",
+        "teachers",
+        "objectives",
+        "options",
+        "longer",
+        "references",
+        "signals",
+        "constructed",
+        "trust",
+        "stage2",
+        "curves",
+        "judge",
+    ] = "all"
     """what to make, see the top of this page"""
     seed: int = 0
-    """of problems, base, rollouts, training and judging"""
+    """seed of problems, base, rollouts, training and judging"""
     quick: bool = False
     """every step in small, one variant of each factor"""
     jobs: int = 2
-    """commands at a time, one core each"""
+    """commands that run at the same time, one core each"""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -280,7 +293,7 @@ DATA = "--base {base} --rollouts {run}/rollouts --seed {seed}"
 
 
 def merged(*texts: str) -> list[str]:
-    """Words of all texts; of a flag that comes twice the last.
+    """Splits all texts into words; of a flag that comes twice the last one counts.
 
     >>> merged("--epochs 2 --save-at 1 2", "--epochs 1 --reanchor")
     ['--epochs', '1', '--save-at', '1', '2', '--reanchor']
@@ -295,7 +308,7 @@ def merged(*texts: str) -> list[str]:
 
 
 def factors() -> dict[str, dict[str, str]]:
-    """{factor: {name: what its line says}} of all students."""
+    """Returns {factor: {name: what its line says}} of all students."""
     return {
         "objective": TEACHERS,
         "signal": {name: " ".join(line).strip() for name, line in SIGNALS.items()},
@@ -305,15 +318,15 @@ def factors() -> dict[str, dict[str, str]]:
 
 
 class Commands:
-    """The commands of a run from the lines of the tables. A method of PARTS returns its waves:
-    chains by name; those of a wave are independent of each other, and need the wave before."""
+    """Makes the commands of a run from the lines of the tables.
+
+    A method of PARTS returns waves of chains, {name: chain}. The chains of a wave do not depend on
+    each other, but on the wave before."""
 
     def __init__(self, args: Args) -> None:
         self.quick, self.jobs = args.quick, args.jobs
-        self.places = {
-            "run": args.run, "base": args.run / "base", "stage1": args.run / "stage1",
-            "signals": args.run / "signals", "seed": args.seed,
-        }  # fmt: skip
+        self.places: dict[str, Any] = {"run": args.run, "seed": args.seed}
+        self.places |= {name: args.run / name for name in ("base", "stage1", "signals")}
 
     # Single commands
 
@@ -351,8 +364,9 @@ class Commands:
         if name != "topk":
             return [self.distil(name, f"--teacher {{stage1}}/{teacher}", settings, flags)]
         stored = "{run}/topk.safetensors"
-        score = self.command("examples/family/score_topk.py", "--rollouts {run}/rollouts --k 8",
-                             f"--teacher {{stage1}}/{teacher} --output {stored}")  # fmt: skip
+        flags_of_score = f"--teacher {{stage1}}/{teacher} --output {stored}"
+        rollouts = "--rollouts {run}/rollouts --k 8"
+        score = self.command("examples/family/score_topk.py", rollouts, flags_of_score)
         return [score, self.distil(name, f"--teacher {stored}", settings, flags)]
 
     def student_of_teacher(self, name: str) -> Chain:
@@ -363,7 +377,7 @@ class Commands:
         ]
 
     def crossfit(self) -> Chain:
-        """The default's reference trained on each half of the problems, used on the other."""
+        """Trains the default's reference on each half of the problems, and uses it on the other."""
         flags = REFERENCES[DEFAULT_SIGNAL][DEFAULT_SIGNAL]
         split = "--rollouts {run}/rollouts --output {run}/crossfit"
         chain = [self.command("examples/family/split_rollouts.py", split)]
@@ -396,7 +410,8 @@ class Commands:
     def data(self) -> list[dict[str, Chain]]:
         sampling = "--model {base} --max-new-tokens 128 --seed {seed}"
         size = "--train 48 --test 64 --steps 150" if self.quick else ""
-        n, n_test = (4, 4) if self.quick else (16, 8)  # test: twice a student's, for the optimum
+        # The base has twice a student's samples, for the curve of the optimum.
+        n, n_test = (4, 4) if self.quick else (16, 8)
         script = "examples/arithmetic/make_base.py"
         base = self.command(script, "--output {run} --seed {seed}", size)
         flags = f"--problems {{run}}/train.jsonl --output {{run}}/rollouts --n {n}"
@@ -418,10 +433,11 @@ class Commands:
 
     def longer(self) -> list[dict[str, Chain]]:
         names = QUICK[:1] if self.quick else LONGER
-        return [{
+        train = {
             name: [self.train(f"stage1/{name}_longer", TEACHERS[name], LONGER_EPOCHS)]
             for name in names
-        }]  # fmt: skip
+        }
+        return [train]
 
     def references(self) -> list[dict[str, Chain]]:
         policies = {
@@ -446,7 +462,7 @@ class Commands:
         return [self.of_built("--signals" in how for how, _ in SIGNALS.values())]
 
     def of_built(self, taken: Iterable[bool]) -> dict[str, Chain]:
-        """Students of the lines of SIGNALS that are taken."""
+        """Makes the students of the lines of SIGNALS that are taken."""
         table = dict(itertools.compress(SIGNALS.items(), taken))
         return {
             name: [self.student(name, name, SIGNAL_STUDENT, flags)]
@@ -460,11 +476,14 @@ class Commands:
         return [self.of_signal(STAGE2)]
 
     def of_signal(self, table: dict[str, tuple[str, str]]) -> dict[str, Chain]:
-        return {
-            name: self.clone(name, source, flags) if name in CLONES else
-            [self.student(name, source, SIGNAL_STUDENT, SIGNALS[source][1], flags)]
-            for name, (source, flags) in self.chosen(table).items()
-        }  # fmt: skip
+        chains = {}
+        for name, (source, flags) in self.chosen(table).items():
+            if name in CLONES:
+                chains[name] = self.clone(name, source, flags)
+            else:
+                bounds = SIGNALS[source][1]
+                chains[name] = [self.student(name, source, SIGNAL_STUDENT, bounds, flags)]
+        return chains
 
     def curves(self) -> list[dict[str, Chain]]:
         return [self.judge("checkpoints", 2)]
@@ -474,100 +493,78 @@ class Commands:
 
 
 PARTS = {
-    "data": Commands.data, "teachers": Commands.teachers, "objectives": Commands.objectives,
-    "options": Commands.options, "longer": Commands.longer, "references": Commands.references,
-    "signals": Commands.signals, "constructed": Commands.constructed, "trust": Commands.trust,
-    "stage2": Commands.stage2, "curves": Commands.curves, "judge": Commands.judged,
-}  # fmt: skip
+    "data": Commands.data,
+    "teachers": Commands.teachers,
+    "objectives": Commands.objectives,
+    "options": Commands.options,
+    "longer": Commands.longer,
+    "references": Commands.references,
+    "signals": Commands.signals,
+    "constructed": Commands.constructed,
+    "trust": Commands.trust,
+    "stage2": Commands.stage2,
+    "curves": Commands.curves,
+    "judge": Commands.judged,
+}
 
 
 # --------------------------------------------------------------------------------------------------
-# Running them: each in a process of its own, forked from this one, which has imported torch.
-
-
-def become(words: list[str], log: Path) -> None:
-    """Turns this process into `python WORDS`, its output appended to the log."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    with log.open("ab") as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
-    print("$ python", shlex.join(words), flush=True)
-    torch.set_num_threads(1)
-    sys.argv = words
-    sys.path.insert(0, str((ROOT / words[0]).parent))
-    script = types.ModuleType("__main__")
-    script.__file__ = str(ROOT / words[0])
-    # The second is what multiprocessing calls it: evaluate.py's graders send back its classes.
-    sys.modules["__main__"] = sys.modules["__mp_main__"] = script
-    exec(compile((ROOT / words[0]).read_text(), script.__file__, "exec"), vars(script))
+# Running them
 
 
 def last_words(log: Path) -> str:
-    """What a failed command ended with: its error, or its last line."""
+    """Returns what a failed command ended with: its error, or its last line."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error:")]
     return (errors or lines or ["nothing was printed"])[-1]
 
 
-def note(report: Path, why: str | None) -> None:
-    """Writes why a variant failed; None: it did not, and an older report goes."""
-    if why is None:
-        report.unlink(missing_ok=True)
-        return
-    with common.atomic(report) as temporary:
-        temporary.write_text(why + "\n")
+def run_chain(chain: Chain, log: Path) -> str | None:
+    """Runs the commands of a chain up to the first that fails. Returns why it failed, or None."""
+    for words in chain:
+        with log.open("a") as stream:
+            print("$ python", shlex.join(words), file=stream, flush=True)
+            command = [sys.executable, str(ROOT / words[0]), *words[1:]]
+            done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT)
+        if done.returncode:
+            return last_words(log)
+    return None
 
 
 def run_chains(chains: dict[str, Chain], args: Args, part: str) -> list[str]:
-    """Runs all, `jobs` at a time -> names of those that failed; RUN/failed/PART/NAME says why."""
+    """Runs all chains, `jobs` at a time. Returns the names of those that failed.
+
+    RUN/failed/PART/NAME.txt says why; where a chain succeeds, an older such file goes."""
     logs, failed_folder = args.run / "logs" / part, args.run / "failed" / part
     logs.mkdir(parents=True, exist_ok=True)
-    fork, failed = multiprocessing.get_context("fork"), []
-    waiting, running = deque(chains.items()), {}
-    began = {}
 
-    def start(name: str, chain: Chain) -> None:
-        """The first command; the others follow it."""
-        process = fork.Process(target=become, args=(chain[0], logs / f"{name}.log"))
-        process.start()
-        running[process] = (name, chain[1:])
+    def run(name: str) -> bool:
+        """Runs one chain and reports on it. Returns whether it failed."""
+        began, report = time.monotonic(), failed_folder / f"{name}.txt"
+        why = run_chain(chains[name], logs / f"{name}.log")
+        took = f"{time.monotonic() - began:.0f} s"
+        print(f"  {name}: {f'FAILED after {took}: {why}' if why else took}", flush=True)
+        report.unlink(missing_ok=True)
+        if why is not None:
+            report.parent.mkdir(parents=True, exist_ok=True)
+            report.write_text(why + "\n")
+        return why is not None
 
-    try:
-        while waiting or running:
-            while waiting and len(running) < args.jobs:
-                name, chain = waiting.popleft()
-                began[name] = time.monotonic()
-                start(name, chain)
-            wait([process.sentinel for process in running])
-            for process in [p for p in running if not p.is_alive()]:
-                process.join()
-                name, rest = running.pop(process)
-                if rest and not process.exitcode:
-                    start(name, rest)
-                    continue
-                why = last_words(logs / f"{name}.log") if process.exitcode else None
-                note(failed_folder / f"{name}.txt", why)
-                failed += [name] if why else []
-                took = f"{time.monotonic() - began[name]:.0f} s"
-                print(f"  {name}: {f'FAILED after {took}: {why}' if why else took}", flush=True)
-    finally:
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.join()
-    return failed
+    with ThreadPoolExecutor(args.jobs) as pool:
+        failed = pool.map(run, chains)
+    return [name for name, bad in zip(chains, failed, strict=True) if bad]
 
 
 def main(args: Args) -> None:
     common.require(args, "jobs", lambda v: v >= 1, "1 or more")
     kind, kind_file = ("quick" if args.quick else "full"), args.run / "kind"
-    held = kind_file.read_text().strip() if kind_file.is_file() else kind  # steps.sh ends a line
+    held = kind_file.read_text().strip() if kind_file.is_file() else kind
     if held != kind:
-        raise common.UserError(f"--run {args.run}: holds a {held} run, and this is a {kind} one; "
-                               "choose another folder")  # fmt: skip
-    with common.atomic(kind_file) as temporary:
-        temporary.write_text(kind)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that running commands end too
+        raise common.UserError(
+            f"--run {args.run}: holds a {held} run, and this is a {kind} one; choose another folder"
+        )
+    args.run.mkdir(parents=True, exist_ok=True)
+    kind_file.write_text(kind)
     for part in PARTS if args.part == "all" else (args.part,):
         start = time.monotonic()
         print(f"== {part}", flush=True)

@@ -1,13 +1,13 @@
-# The settings of this example: environment variables with defaults, sourced by the other scripts.
+# The settings of this example: environment variables with defaults. The other scripts source it.
 #
 #   card   the authors' model card of Qwen3.5-9B-ERPD-003 (a larger model than this one) says so
 #   ours   chosen by us, because no source that we could read says; not measured at this size
 #
-# What a policy is made of (a change needs another RUN):
+# What a policy is made of. A change, also of TEST, needs another RUN:
 MODEL=${MODEL:-Qwen/Qwen3-4B-Thinking-2507} # base of round 1 (ours: the 4B thinking model)
-PROBLEMS=${PROBLEMS:-polaris}               # card: Polaris; any --problems of evaluate.py
-LIMIT=${LIMIT:-1000}                        # card: problems a round (ours: drawn anew for each)
-N=${N:-16}                                  # card: rollouts a problem
+PROBLEMS=${PROBLEMS:-polaris}               # card: Polaris; any --source of problem_sets.py
+LIMIT=${LIMIT:-1000}                        # card: problems per round (ours: another choice each)
+N=${N:-16}                                  # card: rollouts per problem
 ENGINE=${ENGINE:-vllm}                      # ours; hf where there is no vLLM
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-32768}     # ours
 # ours
@@ -19,13 +19,14 @@ TEACHER=${TEACHER:-$teacher}
 # card: the reference is an unlearned policy. ours: how it unlearns (CE, without pass-rate prior).
 unlearned="--loss ce --beta 0.5 --ce-prior --invert-rewards --learning-rate 1e-6 --epochs 2"
 UNLEARNED=${UNLEARNED:-$unlearned --save-at 2}
-# ours: all of stage 2 (its defaults).
+# ours: all of stage 2, by its defaults.
 student="--objective regression --signal-scale 1 --signal-clip 2 --token-kl 0.2"
 STUDENT=${STUDENT:-$student --learning-rate 1e-6 --epochs 2}
-SETTINGS="MODEL PROBLEMS LIMIT N ENGINE MAX_NEW_TOKENS PROMPT SAMPLING TEACHER UNLEARNED STUDENT"
+SETTINGS="MODEL PROBLEMS LIMIT N ENGINE MAX_NEW_TOKENS PROMPT SAMPLING"
+SETTINGS="$SETTINGS TEACHER UNLEARNED STUDENT TEST"
 
-# What it is judged on: HMMT Feb 25 (card); samples a problem, and how many for the KL (ours).
-TEST=${TEST-hmmt-feb25} # empty: nothing is judged
+# What it is judged on: HMMT Feb 25 (card), samples per problem and how many for the KL (ours).
+TEST=${TEST-hmmt-feb25} # any --source of problem_sets.py; empty: nothing is judged
 TEST_N=${TEST_N:-32}
 KL_SAMPLES=${KL_SAMPLES:-240}
 
@@ -33,13 +34,11 @@ KL_SAMPLES=${KL_SAMPLES:-240}
 RUN=${RUN:-runs/qwen3_4b}
 ROUNDS=${ROUNDS:-3}
 GPUS=${GPUS:-8} # on each node
-TENSOR_PARALLEL=${TENSOR_PARALLEL:-1} # GPUs that sample with one copy, where it needs more than one
-SHARD_SIZE=${SHARD_SIZE:-$GPUS} # GPUs that train one copy: more than a node, where it needs that
-# Memory and speed, never the objective (docs/scaling.md): for GPUs of 80 GB.
-MEMORY=${MEMORY---micro-batch-tokens 32768 --activation-checkpointing --defer-gradient-sync}
+TENSOR_PARALLEL=${TENSOR_PARALLEL:-1} # GPUs that share one copy of the model when they sample
+# For GPUs of 80 GB. They change memory and speed, never the objective (docs/scaling.md).
+MEMORY=${MEMORY---micro-batch-tokens 32768 --activation-checkpointing}
 SCORING=${SCORING---micro-batch-tokens 65536}
-SHUTDOWN=${SHUTDOWN:-600} # seconds in which ranks save after SIGTERM; torchrun's default: 30
-# Two environments, made by setup.sh: vLLM leaves no room for the trainer's pins.
+# Two environments, made by setup.sh, because vLLM needs other versions than the trainer.
 PYTHON=${PYTHON:-.venv/bin/python}
 SAMPLER=${SAMPLER:-.venv-cuda/bin/python}
 [ "$ENGINE" = vllm ] || SAMPLER=$PYTHON

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Once, on a machine with network: the two environments (minutes, several GB), model and problems.
-# Where the nodes have no network, set HF_HUB_OFFLINE=1 when running.
+# Makes the two environments (minutes, several GB) and downloads model and problems. Run it once, on
+# a machine with network. Where the nodes have no network, set HF_HUB_OFFLINE=1 when running.
 #
 #   bash examples/qwen3_4b/setup.sh
 set -euo pipefail
@@ -13,18 +13,8 @@ if [ "$ENGINE" = vllm ]; then
     source tests/setup.sh
   )
 fi
-"$PYTHON" - "$MODEL" "$PROBLEMS" "$TEST" <<'FETCH'
-import sys
-from pathlib import Path
-
-import common
-import evaluate
-
-model, *problems = sys.argv[1:]
-print("setup: model in", common.model_folder(model))
-for name in filter(None, problems):
-    args = evaluate.Args(model=model, problems=Path(name), output=Path("unused"))
-    hub = evaluate.problem_set(args)
-    rows = evaluate.read_hub_set(name, hub) if hub else common.read_jsonl(Path(name))
-    print(f"setup: {name}: {len(rows)} problems")
-FETCH
+download='import sys, common; print("setup: model in", common.model_folder(sys.argv[1]))'
+"$PYTHON" -c "$download" "$MODEL"
+for source in "$PROBLEMS" $TEST; do # leaves the sets in the cache of the datasets library
+  "$PYTHON" examples/problem_sets.py --source "$source" --output "$RUN/setup/${source##*/}.jsonl"
+done

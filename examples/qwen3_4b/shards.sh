@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One evaluate.py for each GPU of this node (or for each TENSOR_PARALLEL of them), each with its
-# shard. Called by rounds.sh once on each node:
+# Starts one evaluate.py for each GPU of this node (or for each TENSOR_PARALLEL of them), each with
+# its shard. Called by rounds.sh once on each node:
 #
 #   bash examples/qwen3_4b/shards.sh LOGS ARGUMENTS OF evaluate.py
 set -euo pipefail
@@ -12,7 +12,8 @@ IFS=, read -r -a devices <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((GPUS - 1)))
 here=$((GPUS / TENSOR_PARALLEL)) # shards of this node
 mkdir -p "$logs"
 pids=()
-trap 'kill -TERM "${pids[@]}" 2>/dev/null; wait; exit 143' TERM INT
+trap 'kill "${pids[@]}" 2> /dev/null || true' EXIT # if one fails or the job ends, all end
+trap 'exit 143' TERM INT
 for ((g = 0; g < here; g++)); do
   shard=$((node * here + g))
   # The first shard shows its progress, the others write logs.
@@ -26,8 +27,6 @@ for ((g = 0; g < here; g++)); do
     shard=$((node * here + g))
     echo "error: shard $shard failed; the end of its log:" >&2
     [ $shard = 0 ] || tail -n 20 "$logs/shard$shard.log" >&2
-    kill -TERM "${pids[@]}" 2>/dev/null || true
-    wait
     exit 1
   fi
 done

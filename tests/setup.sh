@@ -34,7 +34,7 @@ fi
 if ! cmp -s "$erpd_requirements" "$erpd_stamp"; then
   echo "setup: installing $erpd_requirements into $erpd_venv (torch: minutes the first time)"
   "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$erpd_requirements" ||
-    erpd_fail "pip could not install $erpd_requirements: above stands which package;" \
+    erpd_fail "pip could not install a package of $erpd_requirements; its name is above;" \
       "check network and free space"
   cp "$erpd_requirements" "$erpd_stamp"
 fi

@@ -1,216 +1,130 @@
-"""The pages in docs/ against the code: every key that is written, every flag of a command."""
-
-from __future__ import annotations
+"""Holds the pages against the code: logged keys, flags, links, test names, versions, commands."""
 
 import ast
+import functools
+import json
 import re
-import shutil
+import tomllib
 from pathlib import Path
 
-import annotate
-import link_lines
-import memory
 import pytest
 import tiny
+from torch.distributed.run import get_args_parser
 
 import build_signals
-import common
-import evaluate
 import stage1_extreme
 import stage2_distill
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
-TEXTS = [*PAGES, *sorted(ROOT.glob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]
-STAGES = ("evaluate", "stage1_extreme", "build_signals", "stage2_distill")
-SHORT = {"epochs": 1, "batch_size": 32, "micro_batch_tokens": 2048}  # one step is the whole data
+# What the pages say now. The changelog and the pages of results also name flags that are gone.
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHELL = [*ROOT.glob("examples/**/*.sh"), *ROOT.glob("examples/**/*.slurm")]
+SCRIPTS = [*ROOT.glob("*.py"), *ROOT.glob("examples/**/*.py"), *ROOT.glob("benchmarks/*.py")]
+TESTS = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
 
 
-def documented(page: str) -> set[str]:
-    """Keys at the head of the bullets under "Every logged metric"."""
-    text = (ROOT / "docs" / page).read_text()
-    section = text.split("## Every logged metric\n", 1)[1].split("\n## ", 1)[0]
-    heads = re.findall(r"^- (`[^`]+`(?:, `[^`]+`)*)", section, re.MULTILINE)
-    return {key for head in heads for key in re.findall(r"`([^`]+)`", head)}
+def named(path):
+    return str(path.relative_to(ROOT))
 
 
-def logged(run: Path) -> set[str]:
-    """Keys of all lines of a run's metrics.jsonl."""
-    return {key for row in common.read_jsonl(run / "metrics.jsonl") for key in row}
+def documented(page):
+    """Keys that begin the bullets under "Every logged metric"."""
+    section = (ROOT / "docs" / page).read_text().split("## Every logged metric\n")[1]
+    heads = re.findall(r"^- (`[^`]+`(?:, `[^`]+`)*)", section.split("\n## ")[0], re.MULTILINE)
+    return set(re.findall(r"`([^`]+)`", " ".join(heads)))
 
 
-def test_stage1_keys(tmp_path: Path) -> None:
-    folder, found = tiny.setting(), set()
-    for loss in stage1_extreme.LOSSES:
-        stage1_extreme.main(stage1_extreme.Args(
-            base=str(folder / "base"), rollouts=folder / "rollouts", output=tmp_path / loss,
-            loss=loss, **SHORT,
-        ))  # fmt: skip
-        found |= logged(tmp_path / loss)
-    assert documented("stage1.md") == found
+@pytest.mark.parametrize("page", ["stage1", "stage2"])
+def test_logged_keys(page, tmp_path):
+    stage, variants = {
+        "stage1": (stage1_extreme, [{"loss": name} for name in stage1_extreme.LOSSES]),
+        "stage2": (stage2_distill, [{"objective": name} for name in stage2_distill.OBJECTIVES]),
+    }[page]
+    folder, keys = tiny.setting(), set()
+    inputs = {"base": str(folder / "base"), "rollouts": folder / "rollouts"}
+    inputs |= {"signals": tiny.signals()} if page == "stage2" else {}
+    for number, variant in enumerate(variants):
+        output = tmp_path / str(number)
+        stage.main(stage.Args(output=output, epochs=1, batch_size=32, **inputs, **variant))
+        keys |= json.loads((output / "metrics.jsonl").read_text().splitlines()[-1]).keys()
+    assert documented(f"{page}.md") == keys
 
 
-def test_stage2_keys(tmp_path: Path) -> None:
-    folder, found = tiny.setting(), set()
-    for objective in stage2_distill.OBJECTIVES:
-        clone = objective in ("forward_kl", "reverse_kl")
-        stage2_distill.main(stage2_distill.Args(
-            base=str(folder / "base"), rollouts=folder / "rollouts", output=tmp_path / objective,
-            objective=objective, signals=None if clone else tiny.signals(),
-            teacher=str(folder / "other") if clone else None, **SHORT,
-        ))  # fmt: skip
-        found |= logged(tmp_path / objective)
-    assert documented("stage2.md") == found
+def test_keys_of_the_signals():
+    written = json.loads(tiny.signals().with_suffix(".json").read_text())
+    only_marked = {"credit_auc", "credit_auc_se", "credit_auc_responses"}
+    assert documented("build_signals.md") == written.keys() | only_marked
+    assert only_marked <= set(re.findall(r'"(\w+)"', Path(build_signals.__file__).read_text()))
 
 
-def test_evaluate_keys(tmp_path: Path) -> None:
-    folder = tiny.setting()
-    evaluate.main(evaluate.Args(
-        model=str(folder / "other"), base=str(folder / "base"), problems=folder / "test.jsonl",
-        output=tmp_path / "judged", n=2, max_new_tokens=4,
-    ))  # fmt: skip
-    written = common.read_json(tmp_path / "judged" / "metrics.json")
-    found = {re.sub(r"@\d+$", "@k", key) for key in written["metrics"]}
-    assert documented("evaluate.md") == found | written.keys()
-    page = (ROOT / "docs" / "evaluate.md").read_text()
-    assert [key for key in written["sampling"] if f"`{key}`" not in page] == []
-
-
-def test_signals_keys(tmp_path: Path) -> None:
-    folder = tiny.setting()
-    # A copy: the marks change the fingerprint of the rollouts that other tests share.
-    rollouts = shutil.copytree(folder / "rollouts", tmp_path / "rollouts")
-    annotate.main(annotate.Args(rollouts=rollouts))
-    build_signals.main(build_signals.Args(
-        rollouts=rollouts, base=str(folder / "base"), teachers=(str(folder / "other"),),
-        output=tmp_path / "signals.safetensors",
-    ))  # fmt: skip
-    written = common.read_json(tmp_path / "signals.json")
-    assert documented("build_signals.md") == set(written)
-    page = (ROOT / "docs" / "build_signals.md").read_text()
-    inner = {*written["models"], *written["models"]["base"]}
-    assert [key for key in inner if f"`{key}`" not in page] == []
-
-
-# --------------------------------------------------------------------------------------------------
-# Links
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_names_link_to_the_line_that_defines_them(page: Path) -> None:
-    assert page.read_text() == link_lines.with_foot(page.name, page.read_text()), (
-        "code has moved: python tests/link_lines.py"
-    )
-
-
-def numbered(page: str, section: str) -> list[str]:
-    """Its numbered items, each with the lines that belong to it."""
-    text = (ROOT / "docs" / page).read_text().split(link_lines.FOOT)[0]
-    text = text.split(section, 1)[1].split("\n## Results")[0].split("\n## Traps")[0]
-    return re.split(r"^\d+\. ", text, flags=re.MULTILINE)[1:]
-
-
-def test_every_detail_is_linked_and_every_statement_tested() -> None:
-    for stage, page in zip(STAGES, ("evaluate", "stage1", "build_signals", "stage2"), strict=True):
-        items = numbered(f"{page}.md", "## Implementation details")
-        assert len(items) > 5 and all(link_lines.USED.search(item) for item in items), stage
-    statements = numbered("algorithm.md", "## 1. ")
-    assert len(statements) > 15
-    assert [item for item in statements if "[`test_" not in item] == []
-
-
-def anchors(page: Path) -> set[str]:
-    """What GitHub makes of its headings."""
-    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
-
-
-@pytest.mark.parametrize("page", TEXTS, ids=lambda path: path.name)
-def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
-    text = page.read_text()
-    inline, feet = r"\]\(([^)\s]+)\)", r"^\[.+\]: (\S+)"
-    for target in re.findall(inline, text) + re.findall(feet, text, re.MULTILINE):
-        if not re.match(r"https?:", target):
-            name, _, anchor = target.partition("#")
-            path = (page.parent / name) if name else page
-            assert path.exists(), target
-            if anchor and path.suffix == ".md":
-                assert anchor in anchors(path), target
-
-
-# --------------------------------------------------------------------------------------------------
-# Flags
-
-
-def script_flags(script: Path) -> set[str] | None:
-    """Flags of the script's Args, read from its source; None where it has none of its own."""
+@functools.cache
+def flags(script):
+    """Flags of a script's Args and of the classes that it extends; None without Args."""
     for node in ast.parse(script.read_text()).body:
         if isinstance(node, ast.ClassDef) and node.name == "Args":
             fields = [item.target.id for item in node.body if isinstance(item, ast.AnnAssign)]
-            flags = {"--" + name.replace("_", "-") for name in fields}
-            for base in node.bases:  # a fork: class Args(stage1_extreme.Args)
-                flags |= script_flags(ROOT / f"{base.value.id}.py")
-            return flags
+            inherited = [flags(ROOT / f"{base.value.id}.py") for base in node.bases]
+            return {"--" + name.replace("_", "-") for name in fields}.union(*inherited)
     return None
 
 
-def commands(page: Path) -> list[tuple[Path, set[str]]]:
-    """(script, flags after its name) of every line that calls one of our scripts."""
-    found = []
-    for line in page.read_text().replace("\\\n", " ").splitlines():
+def calls(text):
+    """(script, flags after its name) of every command line in a page or a shell script."""
+    for line in text.replace("\\\n", " ").splitlines():
         parts = re.split(r"([\w./]+\.py)\b", line)
         for name, rest in zip(parts[1::2], parts[2::2], strict=True):
-            if (ROOT / name).is_file():
-                rest = re.split(r"[`|;&#]", rest)[0]  # the command ends there
-                found.append((ROOT / name, set(re.findall(r"(?<!\S)--[a-z-]+", rest)) - {"--help"}))
-    return found
+            used = re.findall(r"(?<!\S)--[a-z][a-z-]*", re.split(r"[`|;&#]", rest)[0])
+            yield name, set(used) - {"--help"}
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda path: path.name)
-def test_flags_exist(page: Path) -> None:
-    if not page.is_file():
-        pytest.skip("no such page yet")
-    for script, used in commands(page):
-        assert used <= (script_flags(script) or used), f"{script.name}: {used}"
+@pytest.mark.parametrize("path", [*PAGES, *SHELL], ids=named)
+def test_flags_of_commands_exist(path):
+    for name, used in calls(path.read_text()):
+        if (ROOT / name).is_file():
+            assert used <= (flags(ROOT / name) or used), f"{name}: {used - flags(ROOT / name)}"
 
 
-def test_commands_of_torchrun_and_the_memory_table(capsys: pytest.CaptureFixture[str]) -> None:
-    """docs/scaling.md: torchrun takes the commands, and the table is what the script prints."""
-    from torch.distributed.run import get_args_parser
-
-    page = (ROOT / "docs" / "scaling.md").read_text()
-    calls = re.findall(r"^torchrun (.+)", page.replace("\\\n", " "), re.MULTILINE)
-    assert len(calls) == 2
-    for call in calls:
-        ours, theirs = call.split(" -- ")[1].split(), get_args_parser().parse_args(call.split())
-        assert theirs.shutdown_timeout == 600 and theirs.training_script == "stage1_extreme.py"
-        assert theirs.training_script_args == ours[1:]
-    assert theirs.rdzv_backend == "c10d" and (theirs.nnodes, theirs.nproc_per_node) == ("8", "8")
-    memory.main(memory.Args())
-    for line in capsys.readouterr().out.splitlines():
-        assert line in page if line.startswith("|") else " ".join(line.split()) in " ".join(
-            page.split()
-        )  # fmt: skip
-
-
-def test_pages_name_only_our_flags() -> None:
-    from torch.distributed.run import get_args_parser
-
-    scripts = [*(ROOT / f"{stage}.py" for stage in STAGES), *ROOT.glob("examples/**/*.py"),
-               *ROOT.glob("benchmarks/*.py")]  # fmt: skip
-    known = set().union(*(script_flags(script) or set() for script in scripts))
-    torchrun = set(get_args_parser()._option_string_actions)
+@pytest.mark.parametrize("page", [p for p in PAGES if "results" not in p.name], ids=named)
+def test_every_flag_named_is_one_of_ours(page):
     slurm = (ROOT / "examples" / "qwen3_4b" / "run.slurm").read_text()
-    known |= set(re.findall(r"(?<!\S)(--[a-z-]+)", slurm))
-    for page in TEXTS:
-        named = set(re.findall(r"(?<!\S)`?(--[a-z][a-z-]*)", page.read_text()))
-        assert named - known - torchrun - {"--help"} == set(), page.name
+    others = {"--help", "--quick", *get_args_parser()._option_string_actions}
+    others |= set(re.findall(r"(?<!\S)--[a-z-]+", slurm))
+    ours = set().union(*(flags(script) or set() for script in SCRIPTS))
+    mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", page.read_text()))
+    assert mentioned - ours - others == set()
 
 
-def test_measured_rows_of_the_readme_are_those_of_the_results() -> None:
-    """Every row with a deviation stands, letter by letter, in the page that seeds.py writes."""
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=named)
+def test_links_and_test_names_lead_somewhere(page):
+    text = page.read_text()
+    assert not re.search(r"#L\d", text), "link to the file, because lines move"
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        name, _, anchor = target.partition("#")
+        if not target.startswith("http"):
+            linked = page.parent / name if name else page
+            assert linked.exists(), target
+            titles = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE) if anchor else []
+            anchors = [re.sub(r"[^\w\- ]", "", x.lower()).replace(" ", "-") for x in titles]
+            assert not anchor or anchor in anchors, target
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"def {name}(" in TESTS, name
+
+
+def test_versions_agree():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    releases = re.findall(r"^## \[(\d.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert releases[0] == version and len(set(releases)) == len(releases)
+
+
+def test_readme():
+    """CI or a test runs each command, and each measured row is one of docs/results.md."""
+    text, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+    commands = re.findall(r"^    (?:bash|python) (\S+)", text, re.MULTILINE)
+    assert len(commands) > 8
+    for script in commands:
+        run = script in ci if script.endswith(".sh") else f"{Path(script).stem}.main(" in TESTS
+        assert run, f"{script}: neither in .ci/run nor called by a test"
+    measured = [line for line in text.splitlines() if re.match(r"\|.*\d ± \d", line)]
     results = (ROOT / "docs" / "results.md").read_text().splitlines()
-    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if "|" in line]
-    measured = [line for line in rows if re.search(r"\d ± \d", line)]
-    assert len(measured) > 5
-    assert [line for line in measured if line not in results] == []
+    assert len(measured) > 5 and set(measured) <= set(results)

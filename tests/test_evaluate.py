@@ -1,38 +1,184 @@
-"""Evaluation: estimators against enumeration, answers, the table, and exact sequence KLs."""
+"""Evaluation: problems, prompts, estimators against enumeration, and exact sequence KLs."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 import math
-from collections import deque
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import common
 import evaluate
-from evaluate import (
-    boxed_answer,
-    kl_efficiency,
-    least_kl,
-    majority_at_k,
-    pass_at_k,
-    tilted_optimum,
-)  # fmt: skip
+from common import UserError
+from evaluate import kl_efficiency, least_kl, pass_at_k
 
 EOS, PROMPT, LIMIT = 1, [2, 3], 3  # the enumerable policies: vocabulary 4, at most 3 new tokens
+ROWS = [
+    {"id": "a", "problem": "What is 1 + 1?", "answer": "2"},
+    {"id": "b", "problem": "What is 1 + 2?", "answer": 3},
+    {"id": "c", "problem": "Half of 1?", "answer": r"\frac{1}{2}"},
+    {"id": "d", "problem": "What is 2 + 2?", "answer": "4", "source": "left out"},
+]
 
 
 def double(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
+def make_args(**changes):
+    given = dict(model="m", problems=Path("p"), output=Path("o")) | changes
+    return evaluate.Args(**given)
+
+
 # --------------------------------------------------------------------------------------------------
-# pass@k
+# Problems
+
+
+def test_problems_are_read_as_texts(tmp_path, ranks):
+    evaluate.write_jsonl(tmp_path / "p.jsonl", ROWS)
+    problems = evaluate.load_problems(tmp_path / "p.jsonl", 20.0, ranks)
+    assert [p["id"] for p in problems] == ["a", "b", "c", "d"]
+    assert problems[1] == {"id": "b", "problem": "What is 1 + 2?", "answer": "3"}
+    assert problems[3].keys() == {"id", "problem", "answer"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"problem": "What  is 1 +\n1? "}, (":4", "'problem' repeats", "line 1")),
+        ({"id": "a"}, (":4", "'id' repeats", "line 1")),
+        ({"answer": "}{"}, (":4", "'answer'", "cannot parse '}{'")),
+        ({"answer": "1" * 3000}, (":4", "'answer'", "cannot parse")),
+        ({"problem": "\ud800"}, (":4", "'problem'", "surrogate")),
+        ({"problem": "x" * 200_000}, (":4", "'problem'", "longer than 100000")),
+        ({"answer": float("nan")}, (":4", "'answer'", "missing")),
+        ({"answer": True}, (":4", "'answer'", "missing")),
+        ({"id": " "}, (":4", "'id'", "missing")),
+    ],
+)
+def test_a_bad_line_is_named_with_its_field(tmp_path, monkeypatch, ranks, change, words):
+    path = tmp_path / "p.jsonl"
+    evaluate.write_jsonl(path, [*ROWS[:3], ROWS[3] | change])
+    monkeypatch.setattr(  # no process has to start
+        evaluate, "verdicts", lambda checks, *_: {c: evaluate.check_pair(*c) for c in checks}
+    )
+    with pytest.raises(UserError) as caught:
+        evaluate.load_problems(path, 20.0, ranks)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(
+    "line", [b"\xff", b"{", b"[1]", b"3", b"[" * 100_000, b"9" * 5000, b"", b'"\\ud800"']
+)
+def test_a_line_that_is_no_object_is_named(tmp_path, ranks, line):
+    evaluate.write_jsonl(tmp_path / "p.jsonl", ROWS[:1])
+    with open(tmp_path / "p.jsonl", "ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(UserError, match=r"p\.jsonl:2: not a ") as caught:
+        evaluate.load_problems(tmp_path / "p.jsonl", 20.0, ranks)
+    assert len(str(caught.value)) < 300
+    (tmp_path / "p.jsonl").write_text("")
+    with pytest.raises(UserError, match="no problems"):
+        evaluate.load_problems(tmp_path / "p.jsonl", 20.0, ranks)
+
+
+# --------------------------------------------------------------------------------------------------
+# Prompts
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WITH_BOS = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+
+
+def byte_tokenizer(template, bos=False, eos=False):
+    """A byte-level tokenizer with control tokens that adds a BOS or an EOS as real ones do."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    control = ["<|im_start|>", "<|im_end|>"]
+    made.add_special_tokens(["<s>", "</s>", *control])
+    made.add_tokens(["<think>", "</think>"])
+    ids = [(token, made.token_to_id(token)) for token in ("<s>", "</s>")]
+    single = "<s> " * bos + "$A" + " </s>" * eos
+    made.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
+    ends = dict(bos_token="<s>", eos_token="</s>", additional_special_tokens=control)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, **ends)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def prompt_text(tokenizer, problem="1+1?", **changes):
+    """The prompt as the model sees it, control tokens included."""
+    rows = [{"id": "a", "problem": problem, "answer": "2"}]
+    [ids] = evaluate.encode_prompts(tokenizer, rows, make_args(**changes))
+    return tokenizer.decode(ids)
+
+
+def test_chat_template_is_applied_once():
+    tokenizer = byte_tokenizer(CHATML, bos=True)
+    expected = "<|im_start|>user\n1+1? Box it.<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt_text(tokenizer, prompt_template="{problem} Box it.") == expected
+    with pytest.raises(UserError, match=r"problem 'a'.*<\|im_start\|>.*bare problem"):
+        prompt_text(tokenizer, problem=expected)
+    chat = [{"role": "user", "content": "1+1?"}]
+    theirs = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    problems = [{"id": "a", "problem": "1+1?", "answer": "2"}]
+    assert evaluate.encode_prompts(tokenizer, problems, make_args()) == [theirs]
+
+
+@pytest.mark.parametrize("template", [WITH_BOS, None])
+def test_there_is_one_bos_and_no_eos(template):
+    tokenizer = byte_tokenizer(template, bos=True, eos=True)
+    text = prompt_text(tokenizer)
+    assert text.startswith("<s>") and text.count("<s>") == 1 and "</s>" not in text
+    written = prompt_text(tokenizer, no_chat_template=True, prompt_template="<s>{problem}")
+    assert written == "<s>1+1?"
+
+
+def test_base_models_get_the_bare_text():
+    template = "Problem: {problem}\nSolution: $\\frac{1}{2}"  # braces of LaTeX stay
+    text = prompt_text(byte_tokenizer(CHATML), no_chat_template=True, prompt_template=template)
+    assert text == "Problem: 1+1?\nSolution: $\\frac{1}{2}"
+
+
+def test_a_tokenizer_that_hides_the_end_of_a_thought_is_refused(tokenizer):
+    hiding = copy.deepcopy(tokenizer)
+    hiding.add_special_tokens({"additional_special_tokens": ["</think>"]})
+    with pytest.raises(UserError, match="</think>"):
+        evaluate.encode_prompts(hiding, ROWS, make_args())
+
+
+def test_answers_of_truncated_responses_and_of_opened_thoughts():
+    """No answer where the response was cut, or where it ended inside the thought of its prompt."""
+    tokenizer = byte_tokenizer(None)
+    texts = ["1+1? ", "1+1? <think>\n", "1+1? <think>\n</think>"]
+    prompts = [tokenizer(text).input_ids for text in texts]
+    problems = [{"id": str(i), "problem": "1+1?", "answer": "2"} for i in range(3)]
+
+    def response(text, truncated):
+        tokens = torch.tensor(tokenizer(text).input_ids, dtype=torch.int32)
+        return evaluate.Response(tokens, torch.zeros(len(tokens)), truncated)
+
+    made = {(p, cut): response(r"so \boxed{2}</s>", bool(cut)) for p in range(3) for cut in (0, 1)}
+    made[1, 2] = response(r"so </think> \boxed{2}", False)
+    rows = evaluate.describe_samples(problems, prompts, made, tokenizer)
+    assert [row["answer"] for row in rows] == ["2", None, None, None, "2", None, "2"]
+    assert [row["finish_reason"] for row in rows][:2] == ["stop", "length"]
+    assert rows[0]["text"] == r"so \boxed{2}"
+
+
+# --------------------------------------------------------------------------------------------------
+# Estimators
 
 
 @pytest.mark.parametrize("n", [1, 3, 6])
@@ -44,296 +190,85 @@ def test_pass_at_k_equals_enumeration_of_all_subsets(n):
         assert value.item() == pytest.approx(expected, abs=1e-12)
 
 
-def test_pass_at_k_uses_each_problems_own_number_of_samples():
+def test_pass_at_k_by_the_problems_own_number_of_samples():
     value = pass_at_k(torch.tensor([1, 1]), torch.tensor([2, 4]), 2)
     assert value.tolist() == pytest.approx([1.0, 0.5])
-
-
-def test_pass_at_k_refuses_more_than_the_samples():
     with pytest.raises(ValueError, match=r"pass@4 .*one has 3"):
         pass_at_k(torch.tensor([1, 1]), torch.tensor([3, 8]), 4)
 
 
-# --------------------------------------------------------------------------------------------------
-# maj@k
-
-
-def majority_by_enumeration(classes, k):
-    """Every subset of k: the share of it that the vote wins, a tie shared evenly."""
-    won = []
-    for subset in itertools.combinations(classes, k):
-        votes = {c: subset.count(c) for c in subset if c >= 0}
-        winners = [c for c in votes if votes[c] == max(votes.values())]
-        won.append((0 in winners) / max(1, len(winners)))
-    return sum(won) / len(won)
-
-
-@pytest.mark.parametrize("seed", range(60))
-def test_majority_equals_enumeration_of_all_subsets(seed):
-    rng = np.random.default_rng(seed)
-    classes = rng.integers(-1, rng.integers(1, 6), rng.integers(1, 10)).tolist()
-    ks = list(range(1, len(classes) + 1))
-    expected = [majority_by_enumeration(classes, k) for k in ks]
-    assert majority_at_k(classes, ks) == pytest.approx(expected, abs=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("classes", "k", "expected"),
-    [
-        ([0, 0, 1], 3, 1.0),
-        ([0, 1, 2], 3, 1 / 3),  # a tie of three
-        ([0, 1, 1, -1], 4, 0.0),
-        ([0, -1, -1, -1], 4, 1.0),  # silence does not vote
-        ([-1, -1], 2, 0.0),  # no vote at all
-        ([0, 1, 2, 3], 1, 0.25),  # one vote: the accuracy
-        ([0, 0, 1, 1], 2, 0.5),
-    ],
-)
-def test_majority_by_hand(classes, k, expected):
-    assert majority_at_k(classes, [k]) == pytest.approx([expected])
-
-
-def test_majority_of_many_samples():
-    """A share of 0.6 against 0.4 nearly always wins; no count overflows at the limit."""
-    with np.errstate(all="raise"):
-        values = [majority_at_k([0] * (6 * m) + [1] * (4 * m), [m])[0] for m in (20, 100)]
-        assert 0.8 < values[0] < values[1] < 1
-        first, _, last = majority_at_k([0] * 501 + [1] * 499, [1, 500, 1000])
-        assert (first, last) == pytest.approx((0.501, 1))
-    with pytest.raises(ValueError, match="at most 1000 samples"):
-        majority_at_k([0] * 1001, [2])
-
-
-def test_majority_refuses_more_than_the_samples():
-    with pytest.raises(ValueError, match=r"maj@4 .*one has 3"):
-        majority_at_k([0, 1, 2], [1, 4])
-
-
-# --------------------------------------------------------------------------------------------------
-# Two runs compared
-
-
-def test_paired_difference_against_numpys_bootstrap():
-    """Paired: the spread is that of the differences, not of two independent runs."""
-    rng = np.random.default_rng(0)
-    rate = rng.random(150)  # problems differ far more than the runs
-    ours, theirs = rng.binomial(16, np.minimum(rate + 0.05, 1)), rng.binomial(8, rate)
-    difference, low, high = evaluate.paired_difference(
-        (torch.tensor(ours), torch.full((150,), 16)), (torch.tensor(theirs), torch.full((150,), 8))
-    )
-    per_problem = ours / 16 - theirs / 8
-    assert difference == pytest.approx(per_problem.mean())
-    draws = per_problem[rng.integers(0, 150, (20000, 150))].mean(1)
-    assert [low, high] == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.003)
-    independent = 1.96 * (np.var(ours / 16) / 150 + np.var(theirs / 8) / 150) ** 0.5
-    assert high - low < independent  # of two independent runs it would be twice that
-
-
-def test_paired_difference_with_itself_is_zero():
-    run = (double(3, 1, 4), double(8, 8, 8))
-    assert evaluate.paired_difference(run, run) == (0, 0, 0)
-
-
-# --------------------------------------------------------------------------------------------------
-# The least KL, efficiency, the tilted optimum
-
-
-def test_least_kl_values():
+def test_least_kl_and_efficiency():
     accuracy, base = double(0.5, 0.9, 0.7, 1.0, 0.0, 0.3), double(0.9, 0.5, 0.7, 0.25, 0.25, 0.0)
     expected = [0.510826, 0.368064, 0.0, math.log(4), math.log(4 / 3), math.inf]
     assert least_kl(accuracy, base).tolist() == pytest.approx(expected, abs=1e-6)
-
-
-def test_kl_efficiency():
-    accuracy, base = double(0.9, 0.9, 0.5, 0.4, 0.9), double(0.5, 0.5, 0.5, 0.5, 0.5)
-    kl = double(0.368064, 2 * 0.368064, 0.1, 0.1, 0.0)
-    values = kl_efficiency(accuracy, base, kl).tolist()
+    accuracy, half = double(0.9, 0.9, 0.5, 0.4, 0.9), double(0.5, 0.5, 0.5, 0.5, 0.5)
+    values = kl_efficiency(accuracy, half, double(0.368064, 2 * 0.368064, 0.1, 0.1, 0.0)).tolist()
     assert values[:2] == pytest.approx([1, 0.5], abs=1e-5)
     assert all(map(math.isnan, values[2:]))  # not better, worse, or no KL at all
     assert kl_efficiency(double(0.9), double(0.5), double(0.1)).item() > 3  # never clipped
 
 
-def test_tilted_optimum_with_equal_rates_is_the_bound():
-    accuracy, kl = tilted_optimum(torch.full((5,), 0.3), torch.tensor([0.5, 2.0, 5.0]))
-    assert torch.allclose(kl, least_kl(accuracy, double(0.3)), atol=1e-6)  # 0.3 came in float32
-    weights = torch.tensor([0.5, 2.0, 5.0], dtype=torch.float64).exp()
-    assert torch.allclose(accuracy, 0.3 * weights / (0.3 * weights + 0.7), atol=1e-6)
-
-
-def test_tilted_optimum_with_unequal_rates_is_below_the_bound():
-    rates = double(0.05, 0.3, 0.6, 0.95)
-    accuracy, kl = tilted_optimum(rates, torch.tensor([0.5, 2.0, 5.0]))
-    assert (kl_efficiency(accuracy, rates.mean(), kl) < 0.97).all()
-    assert (accuracy.diff() > 0).all()
-    assert (kl.diff() > 0).all()
-
-
-def test_tilted_optimum_at_zero_is_the_base():
-    rates = torch.tensor([0.0, 0.25, 1.0])
-    accuracy, kl = tilted_optimum(rates, torch.tensor([0.0]))
-    assert accuracy.item() == pytest.approx(rates.mean().item())
-    assert kl.item() == 0
-    stuck = tilted_optimum(torch.tensor([0.0, 1.0]), torch.tensor([3.0]))
-    assert (stuck[0].item(), stuck[1].item()) == (0.5, 0)  # nothing to re-weight
-
-
-# --------------------------------------------------------------------------------------------------
-# Means over problems
-
-
-def test_mean_over_problems_with_equal_counts_is_the_usual_one():
+def test_standard_errors_over_problems():
+    """Equal counts: the usual one. Unequal: numpy's own resampling. One problem: none."""
     rng = np.random.default_rng(0)
     samples = rng.random((12, 8))
-    total, count = torch.from_numpy(samples.sum(1)), torch.full((12,), 8)
-    mean, error = evaluate.mean_over_problems(total, count)
-    per_problem = samples.mean(1)
-    assert mean == pytest.approx(per_problem.mean())
-    assert error == pytest.approx(per_problem.std(ddof=1) / 12**0.5)
-
-
-def test_mean_over_problems_with_unequal_counts_is_the_ratio():
-    """The standard error of a ratio (linearised) against that of numpy's own resampling."""
-    rng = np.random.default_rng(0)
+    mean, error = evaluate.mean_over_problems(
+        torch.from_numpy(samples.sum(1)), torch.full((12,), 8)
+    )
+    assert mean == pytest.approx(samples.mean())
+    assert error == pytest.approx(samples.mean(1).std(ddof=1) / 12**0.5)
     count = rng.integers(2, 9, 200)
     total = rng.binomial(count, rng.random(200))
     mean, error = evaluate.mean_over_problems(torch.from_numpy(total), torch.from_numpy(count))
-    assert mean == pytest.approx(total.sum() / count.sum())
     draw = rng.integers(0, 200, (4000, 200))
     assert error == pytest.approx((total[draw].sum(1) / count[draw].sum(1)).std(), rel=0.05)
-
-
-def test_one_problem_has_no_error_bar_but_no_crash():
-    assert evaluate.mean_over_problems(torch.tensor([3.0]), torch.tensor([4.0])) == (0.75, None)
-
-
-def test_a_long_integer_is_a_field_like_any_other():
-    """math.isfinite would have to make a float of it first."""
-    assert evaluate.field({"answer": 10**400}, "answer") == "1" + 400 * "0"
-    for value in (True, float("nan"), float("inf"), None, []):
-        with pytest.raises(ValueError, match="missing or empty"):
-            evaluate.field({"answer": value}, "answer")
-
-
-def test_a_tokenizer_that_hides_the_end_of_a_thought_is_refused(tokenizer):
-    hiding = copy.deepcopy(tokenizer)
-    hiding.add_special_tokens({"additional_special_tokens": ["</think>"]})
-    args = evaluate.Args(model="m", problems=Path("p"), output=Path("o"))
-    problems = [{"id": "1", "problem": "1+1=?", "answer": "2"}]
-    assert evaluate.encode_prompts(tokenizer, problems, args)
-    with pytest.raises(common.UserError, match="</think>"):
-        evaluate.encode_prompts(hiding, problems, args)
-
-
-def test_a_grading_process_that_never_started_judges_nothing():
-    """Pairs given before it was ready go back to be tried; None would call them wrong."""
-    grader = evaluate.Grader(5.0)
-    worker = evaluate.Worker(grader.context, 5.0)
-    worker.give([("2", "2")])
-    grader.workers.append(worker)
-    waiting, done = deque(), {}
-    grader.replace(worker, True, waiting, done)
-    assert done == {} and list(waiting) == [("2", "2")]
-
-
-def test_problems_without_a_count_have_no_part_in_the_error():
-    """Two of thirty measured: the error is that of two."""
-    total, count = torch.zeros(30), torch.zeros(30)
+    assert evaluate.mean_over_problems(double(3), double(4)) == (0.75, None)
+    assert evaluate.mean_over_problems(double(0, 0), double(0, 0)) == (None, None)
+    total, count = torch.zeros(30), torch.zeros(30)  # two of thirty were measured
     total[3], total[17], count[3], count[17] = 1.0, 2.0, 1, 1
     assert evaluate.mean_over_problems(total, count) == (1.5, pytest.approx(0.5))
-    pair = (total, count)
-    difference, low, high = evaluate.paired_difference(pair, pair)
-    assert (difference, low, high) == (0, 0, 0)  # though most draws hold neither
 
 
-# --------------------------------------------------------------------------------------------------
-# Answers
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        (r"so \boxed{7}.", "7"),
-        (r"\boxed{\frac{1}{2}} done", r"\frac{1}{2}"),
-        (r"\boxed{{{1}}}", "{{1}}"),
-        (r"first \boxed{1}, no: \boxed{2}", "2"),
-        (r"\boxed{1} then \boxed{2", None),  # the last one was not finished
-        (r"\boxed{\frac{1}{2}", None),
-        (r"<think>\boxed{1}</think> it is 2", None),
-        (r"<think>\boxed{1}</think> it is \boxed{2}", "2"),
-        (r"a</think>\boxed{1}</think>\boxed{2}", "2"),
-        ("the answer is 7", None),
-        (r"\boxed 7", None),
-        (r"\boxed{}", ""),
-        ("", None),
-        (r"\boxed{1}} tail }", "1"),
-    ],
-)
-def test_boxed_answer(text, answer):
-    assert boxed_answer(text) == answer
-
-
-# --------------------------------------------------------------------------------------------------
-# The table
-
-
-def made_rollouts(rewards, index, response_lens):
-    """Prompts of one token, tokens of no meaning."""
-    lengths = torch.tensor([0] + [1 + n for n in response_lens])
-    n = len(rewards)
-    return common.Rollouts(
-        Path("r"), {}, torch.zeros(int(lengths.sum()), dtype=torch.int32), lengths.cumsum(0),
-        torch.ones(n, dtype=torch.int32), torch.tensor(rewards).float(),
-        torch.tensor(index, dtype=torch.int32), torch.tensor([r > 5 for r in response_lens]),
-    )  # fmt: skip
+def made_rollouts(rewards, index, response_lens, **metadata):
+    """Prompts of one token, tokens of no meaning; responses over 5 tokens are truncated."""
+    sequences = [([0], [0] * n) for n in response_lens]
+    truncated = torch.tensor([n > 5 for n in response_lens])
+    return tiny.make_rollouts(
+        "r", sequences, rewards, index, truncated=truncated, metadata=metadata
+    )
 
 
 def test_collect_metrics():
-    rollouts = made_rollouts([1, 1, 0, 1, 0, 0], [0, 0, 0, 1, 1, 1], [2, 4, 6, 2, 2, 8])
-    base = made_rollouts([1, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 1], [1] * 6)
-    subset = torch.tensor([0, 2, 5])
-    kl = {"kl": torch.tensor([0.5, 1.5, 4.0]), "k1": torch.tensor([0.0, 1.0, 2.0]),
-          "entropy": torch.tensor([2.0, 6.0, 16.0]), "response": subset}  # fmt: skip
-    metrics = evaluate.collect_metrics(rollouts, kl, base)
+    index = [0, 0, 0, 1, 1, 1]
+    rollouts = made_rollouts([1, 1, 0, 1, 0, 0], index, [2, 4, 6, 2, 2, 8], unparsed=[0, 1])
+    base = made_rollouts([1, 0, 0, 1, 0, 0], index, [1] * 6)
+    arrays = {"kl": torch.tensor([0.5, 1.5, 4.0]), "k1": torch.tensor([0.0, 1.0, 2.0])}
+    arrays |= {"entropy": torch.tensor([2.0, 6.0, 16.0]), "response": torch.tensor([0, 2, 5])}
+    metrics = evaluate.collect_metrics(rollouts, arrays, base)
     values = {name: value for name, (value, _) in metrics.items()}
-    expected = {
-        "accuracy": 0.5, "pass@1": 0.5, "pass@2": (1 + 2 / 3) / 2, "mean_length": 4.0,
-        "truncated": 2 / 6, "kl": 2.0, "k1": 1.0, "entropy": 24 / 16, "base_accuracy": 1 / 3,
-        "kl_efficiency": (0.5 * math.log(1.5) + 0.5 * math.log(0.75)) / 2.0,
-    }  # fmt: skip
-    assert {name: values[name] for name in expected} == pytest.approx(expected, abs=1e-6)
-    assert not {"pass@3", "pass@4"} & set(values)  # 3 samples: powers of two only
+    expected = {"accuracy": 0.5, "pass@1": 0.5, "pass@2": (1 + 2 / 3) / 2, "unparsed": 1 / 6}
+    expected |= {"truncated": 2 / 6, "mean_length": 4.0, "length_correct": 8 / 3}
+    expected |= {"length_wrong": 16 / 3, "kl": 2.0, "k1": 1.0, "entropy": 24 / 16}
+    expected |= {"base_accuracy": 1 / 3}
+    expected |= {"kl_efficiency": (0.5 * math.log(1.5) + 0.5 * math.log(0.75)) / 2.0}
+    assert values == pytest.approx(expected, abs=1e-6)
     errors = {name: error for name, (_, error) in metrics.items()}
     assert errors["accuracy"] == pytest.approx(np.std([2 / 3, 1 / 3], ddof=1) / 2**0.5)
     assert errors["base_accuracy"] == pytest.approx(0)
-    assert (values["length_correct"], values["length_wrong"]) == pytest.approx((8 / 3, 16 / 3))
     # Ratio of sums: each problem has residuals (T - m C) of its own count of correct responses.
     residual = np.array([6 - 8 / 3 * 2, 2 - 8 / 3 * 1])
     assert errors["length_correct"] == pytest.approx((2 * (residual**2).sum()) ** 0.5 / 3)
-    alone = evaluate.collect_metrics(rollouts, None, None)
-    assert "kl" not in alone
-    assert alone["accuracy"] == metrics["accuracy"]
+    alone = evaluate.collect_metrics(base, None, None)
+    assert not alone.keys() & {"kl", "unparsed", "base_accuracy"}
+    assert alone["accuracy"] == metrics["base_accuracy"]
 
 
-def test_collect_metrics_counts_votes_and_silence():
-    rollouts = made_rollouts([1, 1, 0, 0, 0, 0, 0, 0], [0] * 4 + [1] * 4, [1, 1, 1, 8, 2, 2, 2, 2])
-    classes = torch.tensor([0, 0, 1, -1, 1, 1, -1, 2], dtype=torch.int32)
-    voted = dataclasses.replace(rollouts, answer_class=classes)
-    metrics = evaluate.collect_metrics(voted, None, None)
-    assert metrics["maj@4"][0] == pytest.approx(0.5)
-    by_hand = np.mean([majority_by_enumeration([0, 0, 1, -1], 2), 0])
-    assert metrics["maj@2"][0] == pytest.approx(by_hand)
-    # Response 3 is silent because it was truncated: counted once, as that.
-    assert (metrics["unparsed"][0], metrics["truncated"][0]) == (1 / 8, 1 / 8)
-    assert evaluate.collect_metrics(rollouts, None, None).keys() & {"maj@2", "unparsed"} == set()
-    nothing = evaluate.collect_metrics(made_rollouts([0, 0], [0, 1], [1, 1]), None, None)
-    assert nothing["length_correct"] == (None, None)
-
-
-def test_collect_metrics_has_no_efficiency_where_the_policy_is_not_better():
-    worse = made_rollouts([0, 1, 0, 0], [0, 0, 1, 1], [1] * 4)
-    base = made_rollouts([1, 1, 0, 1], [0, 0, 1, 1], [1] * 4)
-    kl = dict.fromkeys(("kl", "k1", "entropy"), torch.ones(4)) | {"response": torch.arange(4)}
-    assert evaluate.collect_metrics(worse, kl, base)["kl_efficiency"] == (None, None)
+def test_there_is_no_efficiency_where_the_policy_is_not_better():
+    worse = made_rollouts([0, 0, 0, 0], [0, 0, 1, 1], [1] * 4)
+    base = made_rollouts([1, 0, 0, 1], [0, 0, 1, 1], [1] * 4)
+    arrays = dict.fromkeys(("kl", "k1", "entropy"), torch.ones(4)) | {"response": torch.arange(4)}
+    metrics = evaluate.collect_metrics(worse, arrays, base)
+    assert metrics["kl_efficiency"] == metrics["length_correct"] == (None, None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -345,8 +280,7 @@ def all_responses():
     found = []
     for n in range(1, LIMIT + 1):
         for tokens in itertools.product(range(4), repeat=n):
-            ended = tokens[-1] == EOS
-            if EOS not in tokens[:-1] and (ended or n == LIMIT):
+            if EOS not in tokens[:-1] and (tokens[-1] == EOS or n == LIMIT):
                 found.append(list(tokens))
     return found
 
@@ -360,52 +294,40 @@ def log_probability(lm, response):
 @pytest.fixture(scope="module")
 def enumerated(tmp_path_factory):
     """Two policies on disk; all responses as rollouts; log-probabilities under each."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
     folder = tmp_path_factory.mktemp("enumerable")
     responses, tables = all_responses(), []
+    shape = dict(vocab_size=4, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+    shape |= dict(head_dim=8, num_attention_heads=2, num_key_value_heads=1, eos_token_id=EOS)
+    shape |= dict(max_position_embeddings=16, tie_word_embeddings=True, pad_token_id=0)
     for seed in (0, 1):
         torch.manual_seed(seed)
-        config = Qwen3Config(
-            vocab_size=4, hidden_size=16, intermediate_size=32, num_hidden_layers=1, head_dim=8,
-            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16,
-            tie_word_embeddings=True, eos_token_id=EOS, pad_token_id=0,
-        )  # fmt: skip
-        lm = Qwen3ForCausalLM(config).eval()
+        lm = Qwen3ForCausalLM(Qwen3Config(**shape)).eval()
         with torch.no_grad():
             for parameter in lm.parameters():
                 if parameter.dim() > 1:
                     parameter.normal_(0, 0.4)
             lm.save_pretrained(folder / str(seed))
             tables.append(torch.stack([log_probability(lm, r) for r in responses]))
-    lengths = torch.tensor([0] + [len(PROMPT) + len(r) for r in responses])
-    n = len(responses)
-    rollouts = common.Rollouts(
-        folder / "rollouts.safetensors", {},
-        torch.tensor(sum((PROMPT + r for r in responses), []), dtype=torch.int32),
-        lengths.cumsum(0), torch.full((n,), len(PROMPT), dtype=torch.int32), torch.zeros(n),
-        torch.zeros(n, dtype=torch.int32), torch.tensor([r[-1] != EOS for r in responses]),
-    )  # fmt: skip
+    assert all(table.exp().sum().item() == pytest.approx(1, abs=1e-6) for table in tables)
+    n, path = len(responses), folder / "rollouts.safetensors"
+    rollouts = tiny.make_rollouts(path, [(PROMPT, r) for r in responses], [0.0] * n, [0] * n)
     return folder, rollouts, *tables
 
 
-def test_the_enumeration_is_complete(enumerated):
-    _, rollouts, policy, base = enumerated
-    assert len(rollouts.rewards) == 1 + 3 + 9 + 27
-    for table in (policy, base):
-        assert table.exp().sum().item() == pytest.approx(1, abs=1e-6)
-    assert (policy.exp() * (policy - base)).sum() > 0.1  # the two are different policies
+def measured(enumerated, tmp_path, ranks, **changes):
+    folder, rollouts, *_ = enumerated
+    given = dict(model=str(folder / "0"), base=str(folder / "1"), output=tmp_path) | changes
+    return evaluate.measure_kl(make_args(**given), rollouts, ranks)
 
 
-@pytest.mark.parametrize("budget", [7, 10**6])
-def test_measured_kl_is_the_exact_sequence_kl(enumerated, ranks, budget, tmp_path):
+@pytest.mark.parametrize(("budget", "logits"), [(7, 2**27), (10**6, 2**27), (10**6, 20)])
+def test_measured_kl_is_the_exact_sequence_kl(
+    enumerated, ranks, budget, logits, tmp_path, monkeypatch
+):
     """E_policy of the summed whole-vocabulary KL, and of k1, both equal KL by enumeration."""
-    folder, rollouts, policy, base = enumerated
-    args = evaluate.Args(
-        model=str(folder / "0"), base=str(folder / "1"), problems=Path("p"), output=tmp_path,
-        micro_batch_tokens=budget,
-    )  # fmt: skip
-    arrays = evaluate.measure_kl(args, rollouts, ranks)
+    _, _, policy, base = enumerated
+    monkeypatch.setattr(evaluate, "LOGITS_AT_ONCE", logits)
+    arrays = measured(enumerated, tmp_path, ranks, micro_batch_tokens=budget)
     exact = (policy.exp() * (policy - base)).sum().item()
     assert (policy.exp() * arrays["kl"]).sum().item() == pytest.approx(exact, abs=1e-5)
     assert (policy.exp() * arrays["k1"]).sum().item() == pytest.approx(exact, abs=1e-5)
@@ -417,84 +339,21 @@ def test_measured_kl_is_the_exact_sequence_kl(enumerated, ranks, budget, tmp_pat
 
 
 def test_a_subset_measures_the_same_responses(enumerated, ranks, tmp_path):
-    folder, rollouts, policy, base = enumerated
-    args = evaluate.Args(
-        model=str(folder / "0"), base=str(folder / "1"), problems=Path("p"), output=tmp_path,
-        kl_samples=7,
-    )  # fmt: skip
-    arrays = evaluate.measure_kl(args, rollouts, ranks)
+    _, _, policy, base = enumerated
+    arrays = measured(enumerated, tmp_path, ranks, kl_samples=7)
     assert len(arrays["response"].unique()) == 7
     expected = (policy - base)[arrays["response"]]
     assert torch.allclose(arrays["k1"].double(), expected, atol=1e-5)
-    stored, _ = common.load_tensors(tmp_path / "kl.safetensors", {})
+    stored, _ = common.load_tensors(tmp_path / "kl.safetensors")
     assert all(torch.equal(stored[name], arrays[name]) for name in arrays)
-
-
-def test_kl_against_oneself_is_zero(enumerated, ranks, tmp_path):
-    folder, rollouts, *_ = enumerated
-    model = str(folder / "0")
-    args = evaluate.Args(model=model, base=model, problems=Path("p"), output=tmp_path)
-    arrays = evaluate.measure_kl(args, rollouts, ranks)
-    assert arrays["kl"].abs().max() < 1e-6
-    assert (arrays["k1"] == 0).all()
-
-
-def test_base_on_another_device(enumerated, ranks, monkeypatch, tmp_path):
-    """The same numbers; a second GPU only where one has no room for two copies of the weights."""
-    folder, rollouts, *_ = enumerated
-    names = dict(model=str(folder / "0"), base=str(folder / "1"), problems=Path("p"))
-    expected = evaluate.measure_kl(evaluate.Args(**names, output=tmp_path / "a"), rollouts, ranks)
-    other = torch.device("cpu", 0)  # not equal to "cpu": a device of its own here
-    monkeypatch.setattr(evaluate, "base_device", lambda *_: other)
-    rows, make = [], evaluate.make_row
-    monkeypatch.setattr(evaluate, "make_row", lambda *a: rows.append(a[2]) or make(*a))
-    arrays = evaluate.measure_kl(evaluate.Args(**names, output=tmp_path / "b"), rollouts, ranks)
-    assert all(torch.equal(arrays[name], expected[name]) for name in arrays)
-    assert other in rows and ranks.device in rows  # each policy gets rows of its own device
-    monkeypatch.undo()
-
-    policy = common.Policy(common.load_lm(str(folder / "0"), torch.device("cpu"), torch.float32))
-    weights = 4 * sum(p.numel() for p in policy.parameters())
-    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
-    for gpus, memory, where in [(2, 3 * weights, first), (2, 2 * weights, second),
-                                (1, 2 * weights, first)]:  # fmt: skip
-        monkeypatch.setattr(torch.cuda, "device_count", lambda n=gpus: n)
-        properties = type("Properties", (), {"total_memory": memory})
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, p=properties: p)
-        assert evaluate.base_device(policy, first) == where
-
-
-def tilt(base, rewards, eta):
-    """Base re-weighted by exp(eta R), by enumeration: log-probabilities, accuracy, sequence KL."""
-    tilted = (base + eta * rewards).log_softmax(0)
-    return (tilted.exp() * rewards).sum(), (tilted.exp() * (tilted - base)).sum()
 
 
 def test_efficiency_of_the_exact_tilted_policy_is_one(enumerated):
     """No policy can do better: one problem, any verdict on the 40 responses, any strength."""
-    _, _, other, base = enumerated
+    base = enumerated[3].log_softmax(0)
     for seed, eta in ((0, 0.3), (1, 1.0), (2, 6.0)):
         rewards = torch.rand(40, generator=torch.Generator().manual_seed(seed)).lt(0.4).double()
-        rate = (base.exp() * rewards).sum() / base.exp().sum()
-        accuracy, kl = tilt(base.log_softmax(0), rewards, eta)
+        rate = (base.exp() * rewards).sum()
+        tilted = (base + eta * rewards).log_softmax(0)
+        accuracy, kl = (tilted.exp() * rewards).sum(), (tilted.exp() * (tilted - base)).sum()
         assert kl_efficiency(accuracy, rate, kl).item() == pytest.approx(1, abs=1e-5)
-        predicted = tilted_optimum(rate[None], torch.tensor([eta]))
-        assert [v.item() for v in predicted] == pytest.approx([accuracy.item(), kl.item()])
-        # Another policy, made as accurate by luck of the verdicts, pays more.
-        theirs = (other.exp() * rewards).sum()
-        exact = (other.exp() * (other - base)).sum()
-        if theirs > rate:
-            assert kl_efficiency(theirs, rate, exact).item() < 1
-
-
-def test_efficiency_of_tilting_problems_of_unequal_difficulty_is_below_one(enumerated):
-    _, _, other, base = enumerated
-    rewards = torch.zeros(40, dtype=torch.float64)
-    rewards[::3] = 1
-    pair = [tilt(table.log_softmax(0), rewards, 2.0) for table in (base, other)]
-    rates = torch.stack([(t.log_softmax(0).exp() * rewards).sum() for t in (base, other)])
-    assert abs(rates[0] - rates[1]) > 0.05
-    accuracy, kl = (torch.stack(v).mean() for v in zip(*pair, strict=True))
-    assert kl_efficiency(accuracy, rates.mean(), kl).item() < 0.999
-    predicted = tilted_optimum(rates, torch.tensor([2.0]))
-    assert [v.item() for v in predicted] == pytest.approx([accuracy.item(), kl.item()])

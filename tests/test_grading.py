@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import multiprocessing
+import os
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-import common
 import evaluate
-from evaluate import ANSWER_LIMIT, Grader, Verdict, boxed_answer
+from evaluate import ANSWER_LIMIT, boxed_answer, verdicts
 
 BOMB = r"\dfrac{5^{(5^{(5^{(5^5)})}-4)}-5}{16}"  # a big-integer step that no signal interrupts
-
-
-@pytest.fixture(scope="module")
-def grader() -> Iterator[Grader]:
-    with Grader(20.0) as running:
-        yield running
-
-
-# --------------------------------------------------------------------------------------------------
-# The verdict table
 
 
 class Quirk(NamedTuple):
@@ -103,209 +92,167 @@ QUIRKS = [
     Quirk("1000", r"\boxed{1e3}", False, f"reads e; {COMPARABLE}"),
     Quirk("7", r"\boxed{*7*}", False, f"Markdown in a box; {COMPARABLE}"),
     Quirk("5", r"\boxed{\text{five}}", False, f"words are words; {COMPARABLE}"),
-    # hostile
-    Quirk("7", rf"\boxed{{{BOMB}}}", False),
-    Quirk("7", r"\boxed{10^{10^{10}}}", False),
-    Quirk("7", r"\boxed{(10^9)!}", False),
-    Quirk("7", r"\boxed{" + "(" * 900 + "7" + ")" * 900 + "}", False),
-]  # fmt: skip
+]
+BOMBS = [
+    rf"\boxed{{{BOMB}}}",
+    r"\boxed{10^{10^{10}}}",
+    r"\boxed{(10^9)!}",
+    r"\boxed{" + "(" * 900 + "7" + ")" * 900 + "}",
+]
 
 
-@pytest.mark.parametrize(("part", "limit"), [(slice(0, -4), 20.0), (slice(-4, None), 1.5)])
-def test_verdict_table(part: slice, limit: float) -> None:
-    """The whole path, response by response; only the hostile ones may run out of time."""
-    quirks = QUIRKS[part]
-    n = len(quirks)
-    with Grader(limit) as grader:
-        graded = evaluate.grade(
-            [q.response for q in quirks], [False] * n, [False] * n, list(range(n)),
-            [{"answer": q.gold} for q in quirks], grader, common.Ranks(0, 1, None),
-        )  # fmt: skip
-    wrong = [q for q, reward in zip(quirks, graded.rewards, strict=True) if reward != q.verdict]
-    assert wrong == []
-    assert graded.failures == 0 or limit < 20
+def test_verdict_table(ranks):
+    """The whole path, response by response, with every gold checked as well."""
+    rows = [{"gold": q.gold, "answer": boxed_answer(q.response)} for q in QUIRKS]
+    evaluate.grade(rows, 20.0, ranks)
+    assert [q for q, row in zip(QUIRKS, rows, strict=True) if row["reward"] != q.verdict] == []
+    assert {row["verdict"] for row in rows} == {"right", "wrong", "unreadable"}  # none failed
+    golds = verdicts([(q.gold, None) for q in QUIRKS], 20.0, ranks, "golds")
+    assert [gold for gold, verdict in golds.items() if verdict != "right"] == []
 
 
-def test_every_gold_of_the_table_can_be_parsed(grader: Grader) -> None:
-    verdicts = grader.verdicts([(q.gold, None) for q in QUIRKS])
-    assert [pair for pair, verdict in verdicts.items() if not verdict.correct] == []
-
-
-def test_the_documented_table_is_this_one() -> None:
+def test_the_documented_table_is_this_one():
     page = (Path(__file__).resolve().parents[1] / "docs" / "evaluate.md").read_text()
     rows = [f"| `{q.gold}` | `{q.response}` |" for q in QUIRKS if q.reason and q.response.isascii()]
     assert [row for row in rows if row not in page] == []
 
 
-# --------------------------------------------------------------------------------------------------
-# Boxes and thoughts
-
-
-def test_a_prompt_that_opens_the_thought() -> None:
-    assert boxed_answer(r"so \boxed{7}", in_thought=True) is None  # it ended within the thought
-    assert boxed_answer(r"so \boxed{7}</think> it is \boxed{8}", in_thought=True) == "8"
-
-
-def test_truncated_is_wrong_whatever_it_says(grader: Grader) -> None:
-    graded = evaluate.grade([r"\boxed{7}"] * 2, [True, False], [False] * 2, [0, 0],
-                            [{"answer": "7"}], grader, common.Ranks(0, 1, None))  # fmt: skip
-    assert graded == ([None, "7"], [False, True], [-1, 0], 0)
-
-
-def test_escaped_braces_are_characters() -> None:
-    assert boxed_answer(r"\boxed{\left\{ x \right.}") == r"\left\{ x \right."
-
-
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
+        (r"so \boxed{7}.", "7"),
+        (r"\boxed{\frac{1}{2}} done", r"\frac{1}{2}"),
+        (r"\boxed{{{1}}}", "{{1}}"),
+        (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),  # an escaped brace is a character
+        (r"first \boxed{1}, no: \boxed{2}", "2"),
+        (r"\boxed{1} then \boxed{2", None),  # the last one was not finished
+        (r"<think>\boxed{1}</think> it is 2", None),
+        (r"a</think>\boxed{1}</think>\boxed{2}", "2"),
+        (r"\boxed{}", ""),
+        ("", None),
         ("\\boxed{" + "1" * ANSWER_LIMIT + "}", "1" * ANSWER_LIMIT),
         ("\\boxed{" + "1" * (ANSWER_LIMIT + 1) + "}", None),
-        ("\\boxed{" + "{" * 10_000_000, None),
-        ("\\boxed{" * 1_000_000, None),
-        ("<think>" * 1_000_000 + "\\boxed{7}", None),
-        ("x" * 10_000_000 + "\\boxed{7}", "7"),
-        ("</think>" * 1_000_000 + "\\boxed{7}", "7"),
-        ("\\" * 10_000_001 + "boxed{7}", "7"),
+        ("\\boxed{" + "{" * 3_000_000, None),
+        ("\\boxed{" * 300_000, None),
+        ("<think>" * 300_000 + "\\boxed{7}", None),
+        ("</think>" * 300_000 + "\\boxed{7}", "7"),
+        ("\\" * 3_000_001 + "boxed{7}", "7"),
         ("\ud800\\boxed{\udfff}\x00", "\udfff"),
     ],
-    ids=range(9),
+    ids=range(18),
 )
-def test_boxes_of_any_size_are_found_at_once(text: str, answer: str | None) -> None:
+def test_boxed_answer_of_any_size_is_found_at_once(text, answer):
     began = time.monotonic()
     assert boxed_answer(text) == answer
     assert time.monotonic() - began < 2
 
 
-def test_equal_wrong_answers_share_a_class(grader: Grader) -> None:
-    texts = [r"\boxed{7}", r"\boxed{\frac12}", r"\boxed{0.5}", r"\boxed{\dfrac{1}{2}}",
-             r"\boxed{3}", r"\boxed{7.0}", r"\boxed{}", "none", r"\boxed{3}"]  # fmt: skip
-    index = [0] * 8 + [1]  # the last one belongs to another problem, whose numbers start again
-    graded = evaluate.grade(texts, [False] * 9, [False] * 9, index, [{"answer": "7"}] * 2, grader,
-                            common.Ranks(0, 1, None))  # fmt: skip
-    assert graded.classes == [0, 1, 1, 1, 2, 0, -1, -1, 1]
+def test_equal_pairs_are_checked_once_and_reach_every_row(ranks):
+    rows = [{"gold": "7", "answer": a} for a in ("7.0", None, "8", "7.0", "}{")]
+    evaluate.grade(rows, 20.0, ranks)
+    expected = ["right", "unreadable", "wrong", "right", "unreadable"]
+    assert [row["verdict"] for row in rows] == expected
+    assert [row["reward"] for row in rows] == [verdict == "right" for verdict in expected]
 
 
-# --------------------------------------------------------------------------------------------------
-# Hostile answers
-
-
-def hostile_answers() -> list[str]:
+def hostile_answers():
     """Answers that break parsers: nested, huge, cut, random; none of them is 7."""
     rng = random.Random(0)
-    nested = [r"\frac{%s}{2}", r"\sqrt{%s}", "2^{%s}", "(%s)", r"\left(%s\right)", r"\{%s\}",
-              r"\text{%s}", r"\begin{pmatrix}%s\end{pmatrix}", "|%s|", r"\log(%s)"]  # fmt: skip
     made = []
-    for form in nested:
-        text = "1"
-        for _ in range(190):
-            text = form.replace("%s", text)
-        made.append(text)
-    made += ["9" * 1999, "9" * 4301, "1." + "0" * 1900 + "1", "10^{10^{10^{10}}}", "10^{-10^{9}}",
-             "2^{2^{2^{2^{2^{2}}}}}", "(10^{9})!", "((9!)!)!", r"\binom{10^{9}}{10^{8}}",
-             r"\sum_{n=1}^{10^{12}} n^{n}", r"\prod_{n=1}^{10^{9}} n", r"\int_0^1 x^{x^{x}} dx",
-             "(x+y+z)^{999}", "x^{x^{x^{x}}}", "1e999999", "1" + "+1" * 990, "1" + ",1" * 990,
-             "1" + "/0" * 50, r"\frac{1}{0}", "0^0", "nan", "inf"]  # fmt: skip
-    made += ["\x00", "\ud800", "\udfff\ud800", "\u202e7", "\ufffd" * 900, "__import__('os')",
-             "}{", "{" * 500, "$" * 500, "\\" * 501, "%" * 500, "&" * 500, "\n" * 500]  # fmt: skip
+    for form in (r"\frac{%s}{2}", r"\sqrt{%s}", "2^{%s}", r"\left(%s\right)", r"\text{%s}", "|%s|"):
+        left, right = form.split("%s")
+        made.append(left * 190 + "1" + right * 190)
+    made += ["9" * 1999, "9" * 4301, "1." + "0" * 1900 + "1", "10^{-10^{9}}", "1e999999", "0^0"]
+    made += ["2^{2^{2^{2^{2^{2}}}}}", "((9!)!)!", r"\binom{10^{9}}{10^{8}}", r"\frac{1}{0}", "inf"]
+    made += [r"\sum_{n=1}^{10^{12}} n^{n}", r"\prod_{n=1}^{10^{9}} n", r"\int_0^1 x^{x^{x}} dx"]
+    made += ["(x+y+z)^{999}", "x^{x^{x^{x}}}", "1" + "+1" * 990, "1" + ",1" * 990, "1" + "/0" * 50]
+    made += ["\x00", "\ud800", "\u202e7", "\ufffd" * 900, "}{", "{" * 500, "$" * 500, "\\" * 501]
     alphabet = [*"0123456789+-*/^_(){}[]|!,.=<>xy ", r"\frac", r"\sqrt", r"\left", r"\text"]
     made += ["".join(rng.choices(alphabet, k=rng.randint(5, 60))) for _ in range(20)]
-    return made
+    return [*made, *(boxed_answer(bomb) for bomb in BOMBS)]
 
 
-def test_hostile_answers_cost_no_more_than_their_time() -> None:
+@pytest.mark.slow
+def test_hostile_answers_cost_no_more_than_their_time(ranks):
     answers = hostile_answers()
-    assert len(set(answers)) == len(answers) >= 60
-    limit = 0.7
-    with Grader(limit) as grader:
-        grader.verdicts([("1", "2")])
-        began = time.monotonic()
-        verdicts = grader.verdicts([("7", answer) for answer in answers] + [("7", "7.0")])
-        seconds = time.monotonic() - began
-        late = sum(verdict.correct is None for verdict in verdicts.values())
-        # 0.5 s a process that is started anew, and as much again for a busy machine.
-        assert seconds < 10 + 2 * late * (limit + 0.5)
-    assert verdicts.pop(("7", "7.0")) == Verdict(True, None)
-    assert [pair for pair, verdict in verdicts.items() if verdict.correct] == []
-    json.dumps([verdict.key for verdict in verdicts.values()])
+    assert len(set(answers)) == len(answers) >= 55
+    limit, began = 1.5, time.monotonic()
+    pairs = [("7", answer) for answer in answers] + [("7", "7.0")]
+    found = verdicts(pairs, limit, ranks, "hostile")
+    seconds = time.monotonic() - began
+    late = list(found.values()).count("failed")
+    # Once in company and once alone, with 0.5 s for a new process and for a busy machine.
+    assert seconds < 20 + 3 * late * (limit + 0.5)
+    assert found.pop(("7", "7.0")) == found.pop(("1", "1.0")) == "right"
+    assert [pair for pair, verdict in found.items() if verdict == "right"] == []
 
 
-def test_many_bombs_are_each_killed_and_nothing_else_changes() -> None:
+@pytest.mark.slow
+def test_many_bombs_are_each_killed_and_nothing_else_changes(ranks):
     limit = 3.0
-    bombs = [("7", f"{BOMB}+{i}") for i in range(6)]
-    ordinary = [(str(i), str(i if i % 2 else i + 1)) for i in range(400)]
-    mixed = list(spread(bombs, ordinary))
-    with Grader(limit) as grader:
-        grader.verdicts([("1", "2")])
-        began = time.monotonic()
-        verdicts = grader.verdicts(mixed)
-        assert time.monotonic() - began < 2 * 6 * limit + 20
-    assert all(verdicts[bomb].correct is None for bomb in bombs)
-    assert [verdicts[pair].correct for pair in ordinary] == [i % 2 == 1 for i in range(400)]
+    bombs = [("7", f"{BOMB}+{i}") for i in range(4)]
+    ordinary = [("7" if i < 100 else str(i), str(i if i % 2 else i + 1)) for i in range(300)]
+    mixed = ordinary[:150] + bombs + ordinary[150:]
+    found = verdicts(mixed, limit, ranks, "bombs")
+    assert [found[bomb] for bomb in bombs] == ["failed"] * 4
+    expected = ["right" if gold == answer else "wrong" for gold, answer in ordinary]
+    assert [found[pair] for pair in ordinary] == expected
 
 
-def spread(few: list, many: list) -> Iterator:
-    """The few spread evenly among the many."""
-    step = len(many) // len(few)
-    for i, item in enumerate(many):
-        if i % step == 0 and i // step < len(few):
-            yield few[i // step]
-        yield item
+KEPT = []
 
 
-def test_a_lost_worker_loses_nothing() -> None:
-    """As when the system kills a process for memory: between two calls, all of them."""
-    pairs = [(str(i), str(i)) for i in range(100)] + [("1", "2")]
-    with Grader(20.0) as grader:
-        grader.verdicts(pairs)
-        for worker in grader.workers:
-            worker.process.kill()
-            worker.process.join()
-        verdicts = grader.verdicts(pairs)
-    assert [verdicts[pair].correct for pair in pairs] == [True] * 100 + [False]
+def strange_pair(gold, answer):
+    """Sleeps a tenth of a second, or for ever; keeps as many bytes as the answer says; or ends."""
+    if gold == "sleep":
+        time.sleep(60 if answer == "9" else 0.1)
+    if gold == "keep":
+        KEPT.append(bytearray(int(answer)))
+    if answer == "end":
+        os._exit(1)
+    return "right"
 
 
-def test_a_bomb_does_not_outlive_its_parent() -> None:
-    """Nobody takes the verdict, nobody kills: as after a kill -9 of evaluate.py."""
-    with Grader(1.0) as grader:
-        grader.verdicts([("1", "2")])
-        worker = grader.workers[0]
-        worker.give([("7", BOMB)])
-        worker.process.join(90)
-        assert worker.process.exitcode not in (None, 0)
+def strange_task(gold, answers, timeout):
+    """In the place of grade_task, in a grading process. 256 MiB are quicker than 2 GiB."""
+    evaluate.check_pair, evaluate.GRADING_MEMORY = strange_pair, 2**28
+    return evaluate.grade_task(gold, answers, timeout)
 
 
-def eat_memory(gold: str, answer: str | None) -> Verdict:
-    """Stands in for math-verify: asks for as much memory as the answer says."""
-    return Verdict(len(bytearray(int(answer))) > 0, None)
+def test_a_pair_that_is_late_does_not_take_its_neighbors_along(monkeypatch, ranks):
+    """Ten answers in one task are late together. Alone each has its own time limit."""
+    monkeypatch.setattr(evaluate, "grade_task", strange_task)
+    pairs = [("sleep", str(i)) for i in range(10)]
+    found = verdicts(pairs, 0.6, ranks, "slow")
+    assert [found[pair] for pair in pairs] == ["right"] * 9 + ["failed"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the limit is Linux's")
-def test_a_worker_may_take_2_gib_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that runs out of memory ends; its pair is tried once more, the others stay."""
-    monkeypatch.setattr(evaluate, "Worker", HungryWorker)
-    pairs = [("", "1"), ("", str(2**30)), ("", str(2**31 + 2**20)), ("", "2")]
-    with Grader(20.0) as grader:
-        verdicts = grader.verdicts(pairs)
-    assert [verdicts[pair].correct for pair in pairs] == [True, True, None, True]
+def test_a_pair_may_take_its_memory_and_no_more(monkeypatch, ranks):
+    """What earlier answers left behind is nobody's fault: the last try has a fresh process."""
+    monkeypatch.setattr(evaluate, "grade_task", strange_task)
+    pairs = [("keep", str(2**27 + i)) for i in range(10)] + [("keep", str(2**28 + 2**20))]
+    found = verdicts([*pairs, ("1", "end")], 20.0, ranks, "memory")
+    assert [found[pair] for pair in pairs] == ["right"] * 10 + ["failed"]
+    assert found["1", "end"] == "failed"
 
 
-def hungry_work(pipe: object, timeout: float) -> None:
-    """`work`, but for what a pair costs."""
-    real = evaluate.grade_pair
-    evaluate.grade_pair = lambda gold, answer: (
-        eat_memory(gold, answer) if gold == "" else real(gold, answer)
-    )
-    evaluate.work(pipe, timeout)
+def end_task(gold, answers, timeout):
+    """In the place of grade_task: a process that always ends."""
+    os._exit(1)
 
 
-class HungryWorker(evaluate.Worker):
-    """A worker whose pairs cost memory."""
+def test_processes_that_cannot_grade_are_an_error_and_no_verdict(monkeypatch, ranks):
+    monkeypatch.setattr(evaluate, "grade_task", end_task)
+    with pytest.raises(evaluate.UserError, match="grading processes end at once"):
+        verdicts([("7", "7")], 20.0, ranks, "broken")
 
-    target = staticmethod(hungry_work)
 
-
-def test_surrogates_reach_the_files(tmp_path: Path) -> None:
-    rows = [{"text": "\ud800 \x00", "answer": "\udfff"}]
-    common.write_jsonl(tmp_path / "samples.jsonl", rows)
-    assert common.read_jsonl(tmp_path / "samples.jsonl") == rows
+@pytest.mark.slow
+def test_a_bomb_does_not_outlive_its_parent():
+    """Nobody takes the verdict and nobody kills, as after a kill -9 of evaluate.py."""
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=evaluate.grade_task, args=("7", [BOMB], 1.0))
+    process.start()
+    process.join(90)
+    assert process.exitcode not in (None, 0)

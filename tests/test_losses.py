@@ -1,4 +1,4 @@
-"""Stage 1: every objective against closed-form values and gradients."""
+"""Stage 1: objectives, advantages and targets, against values in closed form."""
 
 from __future__ import annotations
 
@@ -6,414 +6,317 @@ import dataclasses
 import math
 from pathlib import Path
 
+import checks
 import pytest
+import tiny
 import torch
 
 import common
-import stage1_extreme
-from stage1_extreme import Args, LossInputs, diagnostics, group_statistics
+import stage1_extreme as stage1
+import stage2_distill as stage2
+from stage1_extreme import LOSSES, Args, LossInputs, group_statistics
 
-SETTINGS = vars(Args(base="b", rollouts=Path("r"), output=Path("o")))
+PATHS = {"base": "b", "rollouts": Path("r"), "output": Path("o")}
 VARIANTS = {
-    "ce": ("ce", {}),
-    "ce_prior": ("ce", {"ce_prior": True}),
-    "mse_verdict": ("mse", {"mse_target": "verdict"}),
-    "mse_centred": ("mse", {"mse_target": "centred"}),
-    "mse_soft_value": ("mse", {"mse_target": "soft_value"}),
-    "mse_unlearn": ("mse", {"unlearn": True}),
-    "sapo": ("sapo", {}),
-    "grpo": ("grpo", {}),
-    "sft": ("sft", {}),
-}
+    "ce with prior": {"ce_prior": True},
+    "mse verdict": {"mse_target": "verdict"},
+    "mse centred": {"mse_target": "centred"},
+    "mse unlearn": {"unlearn": True},
+} | dict.fromkeys(("ce", "mse", "sapo", "grpo", "sft"), {})
 
 
-def call(name, x, **changes):
-    """The objective with the script's defaults, changed where asked."""
-    return stage1_extreme.LOSSES[name][0](x, **(SETTINGS | changes))
+def double(values):
+    return torch.tensor(values, dtype=torch.float64)
 
 
-def inputs(log_ratios, rewards, advantages=None, prompt=1, means=0.25, soft_values=0.3):
-    """One response per list of log-ratios, each behind `prompt` masked tokens, float64."""
-    behavior, policy, mask, ids = [], [], [], []
-    for s, values in enumerate(log_ratios):
-        old = [-0.5 - 0.1 * t for t in range(len(values))]
-        behavior += [0.0] * prompt + old
-        policy += [0.0] * prompt + [b + d for b, d in zip(old, values, strict=True)]
-        mask += [False] * prompt + [True] * len(values)
-        ids += [s] * (prompt + len(values))
-    n = len(log_ratios)
-    double = lambda values: torch.tensor(values, dtype=torch.float64)  # noqa: E731
-    return LossInputs(
-        double(policy).requires_grad_(), double(behavior), torch.tensor(mask), torch.tensor(ids),
-        double(rewards), double(advantages or [0.0] * n), double([soft_values] * n),
-        double([means] * n), torch.zeros(len(mask)).double(),
-    )  # fmt: skip
+def inputs(log_ratios, rewards, advantages=None, pass_rate=0.25):
+    """One response per list of log-ratios, float64. Token t of each has log base -0.5 - 0.1 t."""
+    base = double([-0.5 - 0.1 * t for response in log_ratios for t in range(len(response))])
+    policy = (base + double(sum(log_ratios, []))).requires_grad_()
+    n, lengths = len(log_ratios), torch.tensor([len(response) for response in log_ratios])
+    ids, verdicts, rates = (
+        torch.arange(n).repeat_interleave(lengths),
+        double(rewards),
+        [pass_rate] * n,
+    )
+    per_response = verdicts, double(advantages or [0.0] * n), double(rates), verdicts
+    return LossInputs(policy, base, torch.zeros_like(base), ids, *per_response)
 
 
 def gradient(name, x, **changes):
-    """d loss / d policy_logprobs: all tokens, and those of the responses."""
-    loss, _ = call(name, x, **changes)
-    (grad,) = torch.autograd.grad(loss, x.policy_logprobs)
-    return loss.item(), grad, grad[x.response_mask]
+    """Value of the objective with the script's defaults, and its gradient by each token."""
+    loss, _ = LOSSES[name](x, Args(**PATHS, **changes))
+    return loss.item(), torch.autograd.grad(loss, x.policy_logprobs)[0].tolist()
+
+
+def metric(name, x, key, **changes):
+    """[sum, count] of a metric that the objective itself reports."""
+    return LOSSES[name](x, Args(**PATHS, **changes))[1][key].tolist()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_objective_keeps_what_it_must(variant):
+    torch.manual_seed(0)
+    log_ratios = [(torch.randn(n) * 0.6).tolist() for n in (3, 5, 1, 4)]
+    x = inputs(log_ratios, [1.0, 0.0, 0.0, 1.0], [1.5, -0.5, -1.0, 0.7])
+    args = Args(**PATHS, **VARIANTS[variant])
+    checks.check_objective(LOSSES[variant.split()[0]], x, args)
+    assert set(LOSSES) == {name.split()[0] for name in VARIANTS}
 
 
 # --------------------------------------------------------------------------------------------------
-# Binary cross-entropy on beta S
+# Objectives that see a response as a whole
 
 
-@pytest.mark.parametrize(
-    ("total", "reward", "loss", "slope"),
-    [
-        (0, 1, 0.693147, -0.025), (0, 0, 0.693147, 0.025), (20, 1, 0.313262, -0.013447),
-        (20, 0, 1.313262, 0.036553), (100, 1, 0.006715, -0.05 * 0.0066929),
-        (100, 0, 5.006715, 0.05 * 0.9933071),
-    ],
-)  # fmt: skip
-def test_ce_value_and_gradient(total, reward, loss, slope):
-    x = inputs([[total / 4] * 4], [float(reward)])
-    value, _, grad = gradient("ce", x, beta=0.05)
-    assert value == pytest.approx(loss, abs=1e-6)
-    assert grad.tolist() == pytest.approx([slope] * 4, abs=1e-6)  # the same for every token
-
-
-def test_ce_sums_over_tokens_and_never_averages():
-    short, long = inputs([[1.0]], [1.0]), inputs([[1.0] * 8], [1.0])
-    assert call("ce", short)[0].item() == pytest.approx(math.log1p(math.exp(-0.05)))
-    assert call("ce", long)[0].item() == pytest.approx(math.log1p(math.exp(-0.4)))
+@pytest.mark.parametrize("n", [1, 4])
+def test_ce_value_and_gradient(n):
+    """The default beta is 0.05; the log-ratio is summed over the tokens, never averaged."""
+    totals, rewards = [0, 0, 20, 20, 100, 100], [1.0, 0.0] * 3
+    losses = [0.693147, 0.693147, 0.313262, 1.313262, 0.006715, 5.006715]
+    slopes = [-0.025, 0.025, -0.013447, 0.036553, -0.000335, 0.049665]
+    value, grad = gradient("ce", inputs([[total / n] * n for total in totals], rewards))
+    assert value == pytest.approx(sum(losses), abs=4e-6)
+    assert grad[::n] == pytest.approx(slopes, abs=1e-6)
+    assert grad[::n] == grad[n - 1 :: n]  # the same for every token of a response
 
 
 def test_ce_prior_adds_the_logit_of_the_pass_rate():
-    x = inputs([[2.0, 2.0]], [1.0], means=0.25)
     z = 0.05 * 4 + math.log(0.25 / 0.75)
-    value, _, grad = gradient("ce", x, ce_prior=True)
+    value, grad = gradient("ce", inputs([[2.0, 2.0]], [1.0]), ce_prior=True)
     assert value == pytest.approx(math.log1p(math.exp(-z)))
-    assert grad.tolist() == pytest.approx([0.05 * (1 / (1 + math.exp(-z)) - 1)] * 2)
-    for mean in (0.0, 1.0):  # a problem that all or none solve: finite
-        assert math.isfinite(gradient("ce", inputs([[0.0]], [mean], means=mean), ce_prior=True)[0])
+    assert grad == pytest.approx([0.05 * (1 / (1 + math.exp(-z)) - 1)] * 2)
+    for rate in (0.0, 1.0):  # a problem that all or none solve counts as 0.98 or 0.02
+        value, _ = gradient("ce", inputs([[0.0]], [rate], pass_rate=rate), ce_prior=True)
+        assert value == pytest.approx(-math.log(0.98))
+    x = inputs([[1.0], [-1.0], [1.0], [-1.0], [0.0]], [1.0, 1.0, 0.0, 0.0, 0.0])
+    assert metric("ce", x, "classified") == [3, 5]  # at 0 the guess is "wrong"
 
 
-def test_ce_counts_what_it_classifies_right():
-    x = inputs([[1.0], [-1.0], [1.0], [-1.0]], [1.0, 1.0, 0.0, 0.0])
-    assert call("ce", x)[1]["classified"].tolist() == [2, 4]
-
-
-# --------------------------------------------------------------------------------------------------
-# Squared error of beta S
-
-
-@pytest.mark.parametrize(
-    ("total", "reward", "loss", "slope"),
-    [(0, 1, 1, -0.1), (10, 1, 0.25, -0.05), (20, 1, 0, 0), (0, 0, 0, 0), (10, 0, 0.25, 0.05),
-     (20, 0, 1, 0.1)],
-)  # fmt: skip
-def test_mse_verdict_value_and_gradient(total, reward, loss, slope):
-    x = inputs([[total / 2] * 2], [float(reward)])
-    value, _, grad = gradient("mse", x, beta=0.05, mse_target="verdict")
-    assert value == pytest.approx(loss)
-    assert grad.tolist() == pytest.approx([slope] * 2)
+def test_mse_with_the_verdict_as_target():
+    log_ratios = [[total / 2] * 2 for total in (0, 10, 20, 0, 10, 20)]
+    x = inputs(log_ratios, [1.0] * 3 + [0.0] * 3)
+    value, grad = gradient("mse", x, mse_target="verdict")
+    assert value == pytest.approx(1 + 0.25 + 0 + 0 + 0.25 + 1)
+    assert grad[::2] == pytest.approx([-0.1, -0.05, 0, 0, 0.05, 0.1])
 
 
 @pytest.mark.parametrize(
     ("target", "right", "wrong"),
-    [("verdict", 20.0, 0.0), ("centred", 15.0, -5.0), ("soft_value", 1.386, -18.614)],
+    [("verdict", 20.0, 0.0), ("centred", 15.0, -5.0), ("soft_value", 1.3863, -18.6137)],
 )
 def test_mse_is_zero_at_the_log_ratio_its_target_asks_for(target, right, wrong):
-    rewards, index = torch.tensor([1.0, 0, 0, 0]), torch.zeros(4, dtype=torch.int32)
-    _, means, soft_values = group_statistics(rewards, index, 0.05)
-    for total, reward in ((right, 1.0), (wrong, 0.0)):
-        x = inputs([[total]], [reward], means=means[0].item(), soft_values=soft_values[0].item())
-        value, _, grad = gradient("mse", x, beta=0.05, mse_target=target)
-        assert value == pytest.approx(0, abs=1e-8)
-        assert grad.item() == pytest.approx(0, abs=1e-5)
-
-
-def test_soft_value_target_is_a_distribution():
-    """E_base exp(S) = 1 at the minimum, for any pass rate: only this target can be met."""
-    for correct in (1, 3, 7):
-        rewards = torch.tensor([1.0] * correct + [0.0] * (8 - correct))
-        _, _, soft_values = group_statistics(rewards, torch.zeros(8, dtype=torch.int32), 0.5)
-        total = (rewards - soft_values) / 0.5
-        assert total.exp().mean().item() == pytest.approx(1, abs=1e-5)
+    """A pass rate of 1/4 at beta = 0.05."""
+    x = inputs([[right], [wrong]], [1.0, 0.0])
+    value, grad = gradient("mse", x, mse_target=target)
+    assert value == pytest.approx(0, abs=1e-8)
+    assert grad == pytest.approx([0, 0], abs=1e-5)
+    wanted = 0.05 * (right + wrong)
+    assert metric("mse", x, "target", mse_target=target) == pytest.approx([wanted, 2], abs=1e-5)
 
 
 def test_mse_unlearn_asks_every_response_down():
     x = inputs([[-10.0, -10.0], [0.0, 0.0]], [1.0, 0.0])
-    value, _, grad = gradient("mse", x, beta=0.05, unlearn=True)
+    value, grad = gradient("mse", x, unlearn=True)
     assert value == pytest.approx(1.0)  # the first is at S = -20 = -1/beta, the second at 0
-    assert grad.tolist() == pytest.approx([0, 0, 0.1, 0.1])
-
-
-def test_mse_gradient_at_the_start_is_reinforce_times_two_beta():
-    x = inputs([[0.0, 0.0], [0.0]], [1.0, 0.0], means=0.25)
-    _, _, grad = gradient("mse", x, beta=0.05, mse_target="centred")
-    assert grad.tolist() == pytest.approx([-0.1 * 0.75, -0.1 * 0.75, 0.1 * 0.25])
+    assert grad == pytest.approx([0, 0, 0.1, 0.1])
 
 
 # --------------------------------------------------------------------------------------------------
-# Ratio objectives
+# Objectives that see the ratio of each token
 
 
-@pytest.mark.parametrize(
-    ("ratio", "weight"),
-    [(0.01, 0.0079), (0.5, 0.47), (1, 1), (1.2, 1.1881), (2, 1.5729), (3, 1.2599), (5, 0.3533),
-     (2.06, 1.5747)],
-)  # fmt: skip
-def test_sapo_weight_of_a_correct_token(ratio, weight):
-    value, _, grad = gradient("sapo", inputs([[math.log(ratio)]], [1.0], [1.0]))
-    assert -grad.item() == pytest.approx(weight, abs=6e-5)
-    assert -value == pytest.approx(4 / (1 + math.exp(1 - ratio)))
+def test_sapo_weight_of_a_correct_token():
+    ratios = [0.01, 0.5, 1, 1.2, 2, 2.06, 5]
+    x = inputs([[math.log(r)] for r in ratios], [1.0] * 7, [1.0] * 7)
+    value, grad = gradient("sapo", x)
+    weights = [0.0079, 0.47, 1, 1.1881, 1.5729, 1.5747, 0.3533]
+    assert grad == pytest.approx([-w for w in weights], abs=6e-5)
+    assert value == pytest.approx(-sum(4 / (1 + math.exp(1 - r)) for r in ratios))
 
 
 def test_sapo_wrong_tokens_have_their_own_temperature():
-    value, _, grad = gradient("sapo", inputs([[0.0]], [0.0], [-1.0]))
-    assert value == pytest.approx(1.904762, abs=1e-5)  # f(1) = 2 / 1.05
-    assert grad.item() == pytest.approx(1, abs=1e-6)
-    _, _, peak = gradient("sapo", inputs([[math.log(1.992)]], [0.0], [-1.0]))
-    assert peak.item() == pytest.approx(1.5363, abs=6e-5)
+    value, grad = gradient("sapo", inputs([[0.0]], [0.0], [-1.0]))
+    assert value == pytest.approx(2 / 1.05)  # f(1) = 2 / tau
+    assert grad == pytest.approx([1])
+    _, peak = gradient("sapo", inputs([[math.log(1.992)]], [0.0], [-1.0]))
+    assert peak == pytest.approx([1.5363], abs=6e-5)
+    value, _ = gradient("sapo", inputs([[0.0]], [1.0], [1.0]), sapo_tau_positive=2.0)
+    assert value == pytest.approx(-1)
 
 
-@pytest.mark.parametrize(
-    ("advantage", "ratio", "loss", "slope"),
-    [(1, 0.5, -0.5, -0.5), (1, 1, -1, -1), (1, 1.25, -1.25, -1.25), (1, 1.35, -1.28, 0),
-     (-1, 0.5, 0.8, 0), (-1, 1, 1, 1), (-1, 1.35, 1.35, 1.35), (-1, 4, 4, 4)],
-)  # fmt: skip
-def test_grpo_clips_only_where_it_would_go_further(advantage, ratio, loss, slope):
-    x = inputs([[math.log(ratio)]], [1.0], [float(advantage)])
-    value, _, grad = gradient("grpo", x, clip_low=0.2, clip_high=0.28)
-    assert value == pytest.approx(loss)
-    assert grad.item() == pytest.approx(slope)
-    share = call("grpo", x)[1]["clip_share"].tolist()
-    assert share == [int(slope == 0), 1]  # the prompt token is not counted
+def test_grpo_clips_only_where_it_would_go_further():
+    """By default outside [0.8, 1.28], and only on the side that the advantage pushes to."""
+    ratios, advantages = [0.5, 1, 1.25, 1.35, 0.5, 0.85, 1.35, 4], [1.0] * 4 + [-1.0] * 4
+    x = inputs([[math.log(r)] for r in ratios], [1.0] * 8, advantages)
+    value, grad = gradient("grpo", x)
+    assert value == pytest.approx(-0.5 - 1 - 1.25 - 1.28 + 0.8 + 0.85 + 1.35 + 4)
+    assert grad == pytest.approx([-0.5, -1, -1.25, 0, 0, 0.85, 1.35, 4])
+    assert metric("grpo", x, "clip_share") == [2, 8]
 
 
 @pytest.mark.parametrize("name", ["sapo", "grpo"])
-def test_gradient_is_minus_advantage_at_ratio_one(name):
+def test_the_mean_is_over_the_tokens_of_each_response(name):
     """On-policy, every token of a response of length L gets -A / L."""
     x = inputs([[0.0] * 3, [0.0] * 5], [1.0, 0.0], [1.5, -0.5])
-    _, _, grad = gradient(name, x)
-    assert grad.tolist() == pytest.approx([-1.5 / 3] * 3 + [0.5 / 5] * 5, abs=1e-6)
+    assert gradient(name, x)[1] == pytest.approx([-1.5 / 3] * 3 + [0.5 / 5] * 5)
+    agreeing = inputs([[0.5, -0.5]], [1.0], [0.0])
+    assert gradient(name, agreeing) == (0, [0, 0])
 
 
-def test_token_mean_inside_response_mean():
-    """Lengths 1 and 3, per-token losses 1 and 0: mean of per-response means is a half."""
-    x = inputs([[0.0], [0.0] * 3], [0.0, 1.0], [-1.0, 0.0])
-    assert call("grpo", x)[0].item() / 2 == pytest.approx(0.5)
-
-
-def test_sft_trains_on_positives_only():
-    x = inputs([[0.0, 0.3], [0.1, 0.2]], [1.0, 0.0])
-    value, _, grad = gradient("sft", x)
+def test_sft_trains_on_correct_responses_only():
+    value, grad = gradient("sft", inputs([[0.0, 0.3], [0.1, 0.2]], [1.0, 0.0]))
     assert value == pytest.approx(0.5 + 0.6 - 0.3)  # minus the sum of the first one's log-probs
-    assert grad.tolist() == [-1, -1, 0, 0]
+    assert grad == [-1, -1, 0, 0]
 
 
 # --------------------------------------------------------------------------------------------------
-# Advantages and soft values
+# Ratios, penalties, group statistics
+
+
+@pytest.mark.parametrize("stage", [stage1, stage2])
+def test_the_exponential_is_clamped_at_20_nats(stage):
+    x = torch.tensor([-1e4, -20.0, 0.0, 19.0, 20.0, 21.0, 1e4], dtype=torch.float64)
+    x.requires_grad_()
+    expected = [math.exp(v) for v in (-20, -20, 0, 19, 20, 20, 20)]
+    assert stage.safe_exp(x).tolist() == pytest.approx(expected)
+    (grad,) = torch.autograd.grad(stage.safe_exp(x).sum(), x)
+    assert (grad == 0).tolist() == [True, False, False, False, False, True, True]
+    # The log-ratio itself is not clamped, so the penalty goes on growing.
+    assert stage.kl_penalty(x, "forward")[0].item() == pytest.approx(9999)
 
 
 def test_group_advantages():
     rewards = torch.tensor([1.0, 0, 0, 0, 1, 1, 0, 0] + [1.0] * 4 + [0.0] * 12)
-    index = torch.tensor([0] * 4 + [1, 2, 1, 2] + [3] * 16, dtype=torch.int32)
-    advantages, means, _ = group_statistics(rewards, index, 0.05)
-    assert advantages[:4].tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-5)
-    assert advantages[4:8].tolist() == pytest.approx([0.70711, 0.70711, -0.70711, -0.70711],
-                                                     abs=1e-5)  # fmt: skip
-    assert advantages[8].item() == pytest.approx(1.6771, abs=1e-4)
-    assert advantages[-1].item() == pytest.approx(-0.5590, abs=1e-4)
-    assert means.tolist() == pytest.approx([0.25] * 4 + [0.5] * 4 + [0.25] * 16)
+    index = torch.tensor([0] * 4 + [1, 2, 1, 2] + [4] * 16, dtype=torch.int32)
+    advantages, means = group_statistics(rewards, index)
+    expected = [1.5, -0.5, -0.5, -0.5, *[0.707106] * 2, *[-0.707106] * 2]
+    expected += [1.677047] * 4 + [-0.559016] * 12  # 16 responses, 4 correct
+    assert advantages.tolist() == pytest.approx(expected, abs=2e-5)
+    # 1e-6 is added to the deviation, which is 1/2 in the first group.
+    exact = double([0.75 / (0.5 + 1e-6)]).float().item()
+    assert advantages[0].item() == pytest.approx(exact, rel=1e-7)
+    assert means.tolist() == [0.25] * 4 + [0.5] * 4 + [0.25] * 16
 
 
-def test_groups_that_agree_get_exactly_zero():
-    for size in (1, 3, 7):  # 1/3 and 1/7 are not exact in floating point
-        for verdict in (0.0, 1.0):
-            rewards, index = torch.full((size,), verdict), torch.zeros(size, dtype=torch.int32)
-            assert group_statistics(rewards, index, 0.05)[0].tolist() == [0.0] * size
-    for name in ("sapo", "grpo"):
-        assert gradient(name, inputs([[0.5, -0.5]], [1.0], [0.0]))[1].tolist() == [0, 0, 0]
+@pytest.mark.parametrize("size", [1, 3, 7])  # 1/3 and 1/7 are not exact in floating point
+@pytest.mark.parametrize("verdict", [0.0, 1.0])
+def test_groups_that_agree_get_exactly_zero(size, verdict):
+    rewards, index = torch.full((size,), verdict), torch.zeros(size, dtype=torch.int32)
+    advantages, means = group_statistics(rewards, index)
+    assert advantages.tolist() == [0.0] * size
+    assert means.tolist() == pytest.approx([verdict] * size)
 
 
-@pytest.mark.parametrize(
-    ("correct", "value"), [(0, 0), (1, 0.4772), (2, 0.7169), (3, 0.8782), (4, 1)]
-)
-def test_soft_values(correct, value):
-    rewards = torch.tensor([1.0] * correct + [0.0] * (4 - correct))
-    index = torch.zeros(4, dtype=torch.int32)
-    assert group_statistics(rewards, index, 0.5)[2].tolist() == pytest.approx([value] * 4, abs=5e-5)
-
-
-def test_soft_value_limits():
-    rewards, index = torch.tensor([1.0, 0, 0, 0]), torch.zeros(4, dtype=torch.int32)
-    assert group_statistics(rewards, index, 1e3)[2][0].item() == pytest.approx(0.25, abs=1e-3)
-    for beta in (1e-3, 1e-6):  # exp(1/beta) overflows; the limit is the best verdict
-        assert group_statistics(rewards, index, beta)[2][0].item() == pytest.approx(1, abs=2e-3)
-        assert group_statistics(torch.zeros(4), index, beta)[2].tolist() == [0.0] * 4
+def test_soft_value():
+    rates = double([0, 0.25, 0.5, 0.75, 1])
+    values = [0, 0.4772, 0.7169, 0.8782, 1]
+    assert stage1.soft_value(rates, 0.5).tolist() == pytest.approx(values, abs=5e-5)
+    direct = 0.5 * torch.log(rates * math.exp(2) + 1 - rates)
+    torch.testing.assert_close(stage1.soft_value(rates, 0.5), direct)
+    assert stage1.soft_value(rates, 1e3).tolist() == pytest.approx(rates.tolist(), abs=1e-3)
+    for beta in (1e-3, 1e-6):  # exp(1 / beta) overflows; the limit is the best verdict
+        best = [0, 1, 1, 1, 1]
+        assert stage1.soft_value(rates, beta).tolist() == pytest.approx(best, abs=2e-3)
 
 
 # --------------------------------------------------------------------------------------------------
-# All objectives
+# What the loop is given
 
 
-def mixed_inputs():
-    """Four responses of different lengths, both verdicts, ratios on all sides of the clip."""
-    torch.manual_seed(0)
-    rows = [(torch.randn(n) * 0.6).tolist() for n in (3, 5, 1, 4)]
-    return inputs(rows, [1.0, 0.0, 0.0, 1.0], [1.5, -0.5, -1.0, 0.7], prompt=2)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_gradcheck(variant):
-    name, changes = VARIANTS[variant]
-    x = mixed_inputs()
-
-    def loss(policy_logprobs):
-        return call(name, LossInputs(policy_logprobs, *list(vars(x).values())[1:]), **changes)[0]
-
-    assert torch.autograd.gradcheck(loss, (x.policy_logprobs,))
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_prompt_tokens_do_not_count(variant):
-    """Masked tokens are zero in the policy's and the behavior's log-probs, as row_logprobs and
-    score leave them: they change no response-level sum and no mean."""
-    name, changes = VARIANTS[variant]
-    rows, rewards, advantages = [[0.3, -0.2, 0.1], [-0.4]], [1.0, 0.0], [1.0, -1.0]
-    few = inputs(rows, rewards, advantages, prompt=1)
-    many = inputs(rows, rewards, advantages, prompt=9)
-    value, _, grad = gradient(name, few, **changes)
-    other_value, _, other_grad = gradient(name, many, **changes)
-    assert value == pytest.approx(other_value, abs=1e-12)
-    assert torch.allclose(grad, other_grad, atol=1e-12)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_prompt_tokens_of_a_model_get_exactly_zero_gradient(variant, policy, rollouts):
-    """Whatever an objective's gradient at a prompt token, the model sees none of it."""
-    name, changes = VARIANTS[variant]
-    row = common.make_row(rollouts, [0, 8, 9], torch.device("cpu"))
-    logprobs, entropy = common.row_logprobs(policy, row, 1.0)
-    logprobs.retain_grad()
-    assert (logprobs[~row.response_mask] == 0).all()
-    behavior = (logprobs.detach() - 0.1) * row.response_mask
-    verdicts = [torch.tensor(v) for v in ([1.0, 0, 1], [1.0, -1, 0.5], [0.3] * 3, [0.5] * 3)]
-    x = LossInputs(
-        logprobs, behavior, row.response_mask, row.sequence_ids, *verdicts, entropy
-    )  # fmt: skip
-    loss, _ = call(name, x, **changes)
-    loss.backward()
-    grads = [p.grad.clone() for p in policy.parameters()]
-    policy.zero_grad()
-    again = common.row_logprobs(policy, row, 1.0)[0]
-    (again * (logprobs.grad * row.response_mask)).sum().backward()
-    for grad, parameter in zip(grads, policy.parameters(), strict=True):
-        assert torch.equal(grad, parameter.grad)
-
-
-@pytest.mark.parametrize("extreme", [1e4, -1e4])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_extreme_log_ratios_stay_finite(variant, extreme):
-    name, changes = VARIANTS[variant]
-    wide = mixed_inputs()
-    fields = {k: v.detach().float() if v.is_floating_point() else v for k, v in vars(wide).items()}
-    shifted = "policy_logprobs" if extreme < 0 else "behavior_logprobs"  # log-probs are negative
-    fields[shifted] = fields[shifted] - abs(extreme) * wide.response_mask
-    fields["policy_logprobs"].requires_grad_()
-    x = LossInputs(**fields)
-    assert x.log_ratio[x.response_mask].abs().min() > 9e3
-    loss, grad, _ = gradient(name, x, **changes)
-    assert math.isfinite(loss)
-    assert grad.isfinite().all()
-    watched = diagnostics(x, x.rewards)
-    assert all(v.isfinite().all() for v in watched.values())
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_inputs_are_left_unchanged(variant):
-    name, changes = VARIANTS[variant]
-    x = mixed_inputs()
-    before = {field: value.detach().clone() for field, value in vars(x).items()}
-    call(name, x, **changes)[0].backward()
-    diagnostics(x, x.rewards)
-    assert all(torch.equal(before[field], value) for field, value in vars(x).items())
-
-
-def test_group_statistics_leave_inputs_unchanged():
-    rewards, index = torch.tensor([1.0, 0, 1, 1]), torch.tensor([0, 0, 1, 1], dtype=torch.int32)
-    before = rewards.clone(), index.clone()
-    group_statistics(rewards, index, 0.05)
-    assert torch.equal(rewards, before[0])
-    assert torch.equal(index, before[1])
-
-
-def test_what_the_loop_divides_by():
-    """Responses wherever the response is the unit, and the tokens that sft learns from."""
-    units = {name: unit for name, (_, unit) in stage1_extreme.LOSSES.items()}
-    assert units.pop("sft") == "positive_tokens"
-    assert set(units.values()) == {"responses"}
-
-
-def test_every_objective_is_tested_here():
-    assert {name for name, _ in VARIANTS.values()} == set(stage1_extreme.LOSSES)
-
-
-# --------------------------------------------------------------------------------------------------
-# Diagnostics and verdicts
-
-
-def test_diagnostics_equal_brute_force():
-    torch.manual_seed(1)
-    # Trained on inverted verdicts; what is watched goes by the true ones: right, wrong, wrong.
-    x = inputs([[0.5, -0.1], [25.0, 0.1, -0.4], [-0.9]], [0.0, 1.0, 1.0], prompt=2)
-    entropy = torch.rand(len(x.behavior_logprobs), dtype=torch.float64)
-    x = dataclasses.replace(x, entropy=entropy)
-    watched = diagnostics(x, torch.tensor([1.0, 0.0, 0.0]))
-    means = {k: (v[0] / v[1]).item() for k, v in watched.items()}
-    responses = [
-        [t for t in range(len(x.sequence_ids)) if x.sequence_ids[t] == s and x.response_mask[t]]
-        for s in range(3)
-    ]
-    d = (x.policy_logprobs - x.behavior_logprobs).tolist()
-    log_p = x.policy_logprobs.tolist()
-    tokens = sum(responses, [])
-    ratios = [math.exp(min(d[t], 20)) for t in tokens]
-    mean = lambda values: sum(values) / len(values)  # noqa: E731
-    expected = {
-        "ratio": mean(ratios),
-        "ratio_outside_0.8_1.28": 4 / 6,
-        "log_ratio_clamped": 1 / 6,
-        "entropy": mean([entropy[t].item() for t in tokens]),
-        "log_ratio_correct": 0.4,
-        "log_ratio_wrong": (24.7 - 0.9) / 2,
-        "prob_correct": math.exp(mean([log_p[t] for t in responses[0]])),
-        "prob_wrong": mean([math.exp(mean([log_p[t] for t in r])) for r in responses[1:]]),
-        "logprob": mean([sum(log_p[t] for t in r) for r in responses]),
-        "kl_proxy": sum(r - 1 - d[t] for r, t in zip(ratios, tokens, strict=True)) / 3,
-    }
-    assert means == pytest.approx(expected, rel=1e-6)
+def test_what_a_sum_is_divided_by(monkeypatch):
+    """Responses, but for sft the correct tokens; other objectives may name other units."""
+    rewards, lengths = torch.tensor([1.0, 0, 1, 0]), torch.tensor([3, 5, 2, 1])
+    counts = dict.fromkeys(LOSSES, 4) | {"sft": 5, "tokens": 11, "wrong_tokens": 6}
+    units = {name: name for name in ("tokens", "wrong_tokens")}
+    monkeypatch.setattr(stage1, "DIVISORS", stage1.DIVISORS | units)
+    assert {name: stage1.count_units(name, rewards, lengths) for name in counts} == counts
+    assert stage1.count_units("sft", torch.zeros(4), lengths) == 1  # nothing to divide by
 
 
 def test_training_targets(rollouts):
-    args = {"base": "b", "rollouts": Path("r"), "output": Path("o")}
-    plain = stage1_extreme.training_targets(Args(**args), rollouts)
-    inverted = stage1_extreme.training_targets(Args(**args, invert_rewards=True), rollouts)
-    unlearned = stage1_extreme.training_targets(Args(**args, unlearn=True), rollouts)
-    assert torch.equal(plain[0], rollouts.rewards)
-    assert torch.equal(inverted[0], 1 - rollouts.rewards)
-    assert torch.allclose(inverted[1], -plain[1])
-    assert torch.allclose(inverted[2], 1 - plain[2])
-    assert not unlearned[0].any()
-    assert (unlearned[1] == -1).all()
+    plain = stage1.training_targets(Args(**PATHS), rollouts)
+    advantages, pass_rates = group_statistics(rollouts.rewards, rollouts.problem_index)
+    expected = {"rewards": rollouts.rewards, "advantages": advantages, "pass_rates": pass_rates}
+    assert plain.keys() == expected.keys() | {"verdicts"}
+    assert all(torch.equal(plain[name], value) for name, value in expected.items())
+    inverted = stage1.training_targets(Args(**PATHS, invert_rewards=True), rollouts)
+    assert torch.equal(inverted["rewards"], 1 - rollouts.rewards)
+    torch.testing.assert_close(inverted["advantages"], -advantages)
+    torch.testing.assert_close(inverted["pass_rates"], 1 - pass_rates)
+    unlearned = stage1.training_targets(Args(**PATHS, unlearn=True), rollouts)
+    assert not unlearned["rewards"].any() and (unlearned["advantages"] == -1).all()
+    for targets in (plain, inverted, unlearned):  # what is watched goes by the true verdicts
+        assert torch.equal(targets["verdicts"], rollouts.rewards)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_rank_without_work_adds_no_gradient(variant, policy, rollouts):
-    """It evaluates the stand-in row of an empty list of sequences."""
-    name, changes = VARIANTS[variant]
-    row = common.make_row(rollouts, [], torch.device("cpu"))
-    behavior = torch.full((len(rollouts.tokens),), -0.7) * rollouts.response_mask
-    logprobs, entropy = common.row_logprobs(policy, row, 1.0)
-    x = LossInputs(
-        logprobs, behavior[row.flat], row.response_mask, row.sequence_ids,
-        *(torch.ones(1) for _ in range(4)), entropy,
-    )  # fmt: skip
-    call(name, x, **changes)[0].backward()
-    assert all((p.grad == 0).all() for p in policy.parameters())
+def test_rollouts_that_teach_nothing_are_refused(rollouts):
+    for reward, loss, allowed in [(1.0, "ce", False), (0.0, "sft", False), (1.0, "sft", True)]:
+        same = dataclasses.replace(rollouts, rewards=torch.full_like(rollouts.rewards, reward))
+        args = Args(**PATHS, loss=loss)
+        if allowed:
+            stage1.training_targets(args, same)
+        else:
+            with pytest.raises(common.UserError, match=r"rollouts\.safetensors"):
+                stage1.training_targets(args, same)
+        stage1.training_targets(Args(**PATHS, unlearn=True), same)  # needs no mixed verdicts
+
+
+def test_save_steps():
+    args = Args(**PATHS, epochs=2)
+    folder = Path("o/checkpoints")
+    expected = {10: folder / "epoch-001.000", 20: folder / "epoch-002.000"}
+    assert stage1.save_steps(args, 10) == expected
+    args = Args(**PATHS, epochs=2, save_at=(0.01, 0.5, 1.24))
+    assert [*stage1.save_steps(args, 10)] == [1, 5, 12]  # rounded, and step 1 at the earliest
+    assert stage1.save_steps(args, 10)[5] == folder / "epoch-000.500"
+    with pytest.raises(common.UserError, match="--save-at 0.01 0.5 1.24: .* has 1;"):
+        stage1.save_steps(args, 1)
+
+
+def test_sampler_and_trainer_must_agree(ranks, capsys):
+    """As many response tokens not within 0.9 and 1.1 as --max-noise allows: two of eight."""
+    ours, ratios = torch.zeros(10), torch.tensor([9.0, 9, 1, 1, 1, 1.09, 1, 0.91, 1.1, 0.9])
+    logprobs = -ratios.log()  # of the sampler; those of the prompt, 9, do not count
+    rollouts = tiny.make_rollouts("r", [([5, 6], [7] * 8)], [1.0], [0], sampler_logprobs=logprobs)
+    stage1.check_sampler(ours, rollouts, 0.25, ranks)
+    printed, logs = capsys.readouterr().out, ratios[2:].log()
+    spread = f"mean {logs.mean():+.1e}, sd {logs.std(correction=0):.1e}"
+    assert spread in printed and "25.00% of tokens" in printed
+    for value in (-0.2, 0.2, math.nan):
+        noisy = dataclasses.replace(rollouts, sampler_logprobs=logprobs.clone())
+        noisy.sampler_logprobs[4] = value
+        with pytest.raises(common.UserError, match="--max-noise 0.25"):
+            stage1.check_sampler(ours, noisy, 0.25, ranks)
+    unknown = dataclasses.replace(rollouts, sampler_logprobs=None)
+    stage1.check_sampler(ours, unknown, 0.0, ranks)
+
+
+def test_diagnostics_equal_the_plain_formulas():
+    """Trained on inverted verdicts; what is watched goes by the true ones: right, wrong, wrong."""
+    log_ratios = [[0.5, -0.1], [25.0, 0.1, -0.4], [20.0]]
+    x = inputs(log_ratios, [0.0, 1.0, 1.0])
+    entropy = torch.rand(6, dtype=torch.float64)
+    x = dataclasses.replace(x, entropy=entropy, verdicts=double([1.0, 0.0, 0.0]))
+    found = {name: (pair[0] / pair[1]).item() for name, pair in stage1.diagnostics(x).items()}
+    log_probs = [[d - 0.5 - 0.1 * t for t, d in enumerate(response)] for response in log_ratios]
+    ratios = [math.exp(min(d, 20)) for response in log_ratios for d in response]
+    penalties = [r - 1 - d for r, d in zip(ratios, sum(log_ratios, []), strict=True)]
+    geometric = [math.exp(sum(response) / len(response)) for response in log_probs]
+    expected = {
+        "ratio": sum(ratios) / 6,
+        "ratio_outside_0.8_1.28": 4 / 6,
+        "log_ratio_clamped": 1 / 6,
+        "entropy": entropy.mean().item(),
+        "log_ratio_correct": 0.4,
+        "log_ratio_wrong": (24.7 + 20) / 2,
+        "prob_correct": geometric[0],
+        "prob_wrong": (geometric[1] + geometric[2]) / 2,
+        "logprob": sum(map(sum, log_probs)) / 3,
+        "kl_proxy": sum(penalties) / 3,
+    }
+    assert found == pytest.approx(expected, rel=1e-6)
+    checks.check_metrics(stage1.diagnostics, x)
+    edges = double([math.log(0.8), math.log(1.28), 20, -20, 0, 0])  # 0.8, 1.28 and 20 are inside
+    x = dataclasses.replace(x, policy_logprobs=edges, base_logprobs=torch.zeros(6).double())
+    assert stage1.diagnostics(x)["ratio_outside_0.8_1.28"].tolist() == [2, 6]
+    assert stage1.diagnostics(x)["log_ratio_clamped"].tolist() == [0, 6]

@@ -1,4 +1,4 @@
-"""Signals: the sum over teachers, and what the diagnostics say about it."""
+"""build_signals.py: the sum over teachers, and what the diagnostics say about it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import math
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
+import build_signals
+import common
 from build_signals import Args, auc, combine, credit_auc, share_that_carries
 
 PATHS = {"rollouts": Path("r"), "base": "base", "output": Path("s.safetensors")}
@@ -15,84 +18,58 @@ PATHS = {"rollouts": Path("r"), "base": "base", "output": Path("s.safetensors")}
 
 def test_combine_adds_weighted_log_ratios():
     torch.manual_seed(0)
-    teachers, references = torch.randn(2, 5), torch.randn(2, 5)
-    kept = teachers.clone(), references.clone()
-    signal = combine([(0.25, teachers[0], references[0]), (-2.0, teachers[1], references[1])])
-    expected = 0.25 * (teachers[0] - references[0]) - 2 * (teachers[1] - references[1])
-    assert torch.allclose(signal, expected)
-    assert torch.equal(combine([(1.0, teachers[0], references[0])]), teachers[0] - references[0])
-    assert torch.equal(teachers, kept[0])
-    assert torch.equal(references, kept[1])
-
-
-def test_a_teacher_against_itself_is_silent():
-    values = torch.randn(5)
-    assert not combine([(3.0, values, values)]).any()
+    (a, b), (u, v) = torch.randn(2, 2, 5)
+    torch.testing.assert_close(combine([(0.25, a, u), (-2.0, b, v)]), 0.25 * (a - u) - 2 * (b - v))
+    assert not combine([(3.0, a, a)]).any()  # a teacher against itself is silent
 
 
 def test_pairs_of_teachers_and_references():
-    args = Args(**PATHS, teachers=("a", "b"))
-    assert args.pairs == [(1.0, "a", "base"), (1.0, "b", "base")]
-    args = Args(**PATHS, teachers=("a", "b"), references=("u",), weights=(0.3, -1.0))
-    assert args.pairs == [(0.3, "a", "u"), (-1.0, "b", "u")]
-    args = Args(**PATHS, teachers=("base", "b"), references=("u", "v"))
-    assert args.pairs == [(1.0, "base", "u"), (1.0, "b", "v")]
+    pairs = Args(**PATHS, teachers=("a", "b")).pairs
+    assert pairs == [(1.0, "a", "base"), (1.0, "b", "base")]
+    pairs = Args(**PATHS, teachers=("a", "b"), references=("u",), weights=(0.3, -1.0)).pairs
+    assert pairs == [(0.3, "a", "u"), (-1.0, "b", "u")]
+    pairs = Args(**PATHS, teachers=("base", "b"), references=("u", "v")).pairs
+    assert pairs == [(1.0, "base", "u"), (1.0, "b", "v")]
 
 
-def test_auc_with_ties_equals_brute_force():
+def test_auc_by_enumeration():
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
-        n_positive, n_negative = torch.randint(1, 12, (2,), generator=generator).tolist()
-        positive = torch.randint(0, 6, (n_positive,), generator=generator).float()
-        negative = torch.randint(0, 6, (n_negative,), generator=generator).float() - 0.5 * 2
-        wins = [
-            1.0 if p > n else 0.5 if p == n else 0.0
-            for p in positive.tolist() for n in negative.tolist()
-        ]  # fmt: skip
-        assert auc(positive, negative) == pytest.approx(sum(wins) / len(wins))
+        sizes = torch.randint(1, 12, (2,), generator=generator).tolist()
+        positive, negative = (torch.randint(0, 6, (n,), generator=generator).float() for n in sizes)
+        wins = (positive[:, None] > negative).float() + 0.5 * (positive[:, None] == negative)
+        assert auc(positive, negative) == pytest.approx(wins.mean().item())
+    none = torch.tensor([])
+    assert math.isnan(auc(positive, none)) and math.isnan(auc(none, positive))
 
 
-def test_auc_limits():
-    low, high = torch.tensor([0.0, 1.0]), torch.tensor([2.0, 3.0])
-    assert (auc(high, low), auc(low, high), auc(low, low)) == (1, 0, 0.5)
-    assert math.isnan(auc(low, torch.tensor([])))
-    assert math.isnan(auc(torch.tensor([]), low))
-
-
-def credit(sequences):
-    """(prompt length, reward, first wrong token, signal of the whole sequence) of each response."""
+def credit(*sequences):
+    """credit_auc of (prompt length, reward, first wrong token, signal of the whole sequence)."""
     prompts, rewards, wrong, signals = zip(*sequences, strict=True)
-    lengths = torch.tensor([0] + [len(s) for s in signals])
-    return credit_auc(
-        torch.tensor(sum(signals, [])), lengths.cumsum(0), torch.tensor(prompts).int(),
-        torch.tensor(rewards), torch.tensor(wrong).int(),
-    )  # fmt: skip
+    tokens = [([9] * p, [9] * (len(s) - p)) for p, s in zip(prompts, signals, strict=True)]
+    marks = {"first_wrong_token": torch.tensor(wrong, dtype=torch.int32)}
+    rollouts = tiny.make_rollouts("r", tokens, rewards, [0] * len(rewards), **marks)
+    return credit_auc(torch.tensor(sum(signals, [])), rollouts)
 
 
 def test_credit_auc_compares_with_earlier_response_tokens_only():
-    # prompt 2 tokens; guilty token at 5 with -1; before it one lower, one equal, one higher
-    value, _, n = credit([(2, 0.0, 5, [9.0, -9.0, -2.0, -1.0, 3.0, -1.0, -99.0, 5.0])])
-    assert (value, n) == (pytest.approx((0 + 0.5 + 1) / 3), 1)
-    # the tokens after it, and those of the prompt, do not matter
-    changed = credit([(2, 0.0, 5, [0.0, 7.0, -2.0, -1.0, 3.0, -1.0, 44.0, -6.0])])
-    assert changed[0] == value
-    perfect = credit([(1, 0.0, 4, [0.0, 1.0, 2.0, 3.0, -1.0])])
-    blind = credit([(1, 0.0, 4, [0.0] * 5)])
-    inverted = credit([(1, 0.0, 4, [0.0, 1.0, 2.0, 3.0, 8.0])])
-    assert (perfect[0], blind[0], inverted[0]) == (1, 0.5, 0)
+    """Prompt of 2; the wrong token is at 5, with -1; before it one lower, one higher, one equal."""
+    value, _, n = credit((2, 0.0, 5, [9.0, -9.0, -2.0, 3.0, -1.0, -1.0, -99.0, 5.0]))
+    assert (value, n) == (pytest.approx((0 + 1 + 0.5) / 3), 1)
+    assert credit((1, 0.0, 4, [0.0, 1.0, 2.0, 3.0, -1.0]))[0] == 1
+    assert credit((1, 0.0, 4, [0.0, 1.0, 2.0, 3.0, 8.0]))[0] == 0
+    assert credit((1, 0.0, 2, [0.0, 0.0, 0.0]))[0] == 0.5
 
 
 def test_credit_auc_leaves_out_what_cannot_be_compared():
-    guilty_at_once = (2, 0.0, 2, [0.0, 0.0, -1.0, 0.0])  # no response token before it
+    at_once = (2, 0.0, 2, [0.0, 0.0, -1.0, 0.0])  # no response token before the wrong one
     unknown = (2, 0.0, -1, [0.0, 0.0, 1.0, -1.0])
     correct = (2, 1.0, 3, [0.0, 0.0, -3.0, -1.0])  # right in the end, whatever happened
-    value, error, n = credit([guilty_at_once, unknown, correct])
-    assert math.isnan(value)
-    assert math.isnan(error)
-    assert n == 0
+    value, error, n = credit(at_once, unknown, correct)
+    assert math.isnan(value) and math.isnan(error) and n == 0
     usable = (1, 0.0, 2, [0.0, 1.0, -1.0])
-    value, _, n = credit([guilty_at_once, usable, unknown, correct])
-    assert (value, n) == (1, 1)
+    value, error, n = credit(at_once, usable, unknown, correct)
+    assert (value, n) == (1, 1) and math.isnan(error)  # one response has no spread
 
 
 def test_credit_auc_averages_over_responses():
@@ -100,15 +77,64 @@ def test_credit_auc_averages_over_responses():
     long = (1, 0.0, 5, [0.0, 1.0, 1.0, 1.0, 1.0, 0.0])  # 1
     short = (1, 0.0, 2, [0.0, 0.0, 1.0])  # 0
     half = (1, 0.0, 2, [0.0, 1.0, 1.0])  # 0.5
-    value, error, n = credit([long, short, half])
-    assert (value, n) == (0.5, 3)
-    assert error == pytest.approx(0.5 / 3**0.5)
+    value, error, n = credit(long, short, half)
+    assert (value, n) == (0.5, 3) and error == pytest.approx(0.5 / 3**0.5)
 
 
 def test_share_that_carries():
     assert share_that_carries(torch.tensor([0.0, -10.0, 0.0, 0.0]), 0.9) == 0.25
-    assert share_that_carries(torch.ones(10) * -1, 0.9) == 0.9
-    assert share_that_carries(torch.tensor([5.0, -3.0, 1.0, 1.0]), 0.5) == 0.25
-    assert share_that_carries(torch.tensor([5.0, -3.0, 1.0, 1.0]), 0.51) == 0.5
-    assert share_that_carries(torch.tensor([1.0, 1.0, -3.0, 5.0]), 1.0) == 1.0
+    assert share_that_carries(-torch.ones(10), 0.9) == 0.9
+    signal = torch.tensor([5.0, -3.0, 1.0, 1.0])
+    shares = [share_that_carries(signal, part) for part in (0.5, 0.51, 1.0)]
+    assert shares == [0.25, 0.5, 1.0]
     assert math.isnan(share_that_carries(torch.zeros(3), 0.9))
+
+
+def test_diagnose_by_hand(tokenizer):
+    """Two responses to one problem; tokens 5 and 6 get their sums over both."""
+    sequences = [([3, 4], [5, 6, 1]), ([3, 4], [5, 1])]
+    signal = torch.tensor([9.0, 9.0, 1.0, 2.0, 0.0, 9.0, 9.0, -4.0, 0.5])
+    signal[[0, 1, 5, 6]] = 0.0  # prompts
+    rollouts = tiny.make_rollouts("r", sequences, [1.0, 0.0], [0, 0])
+    report = build_signals.diagnose(signal, rollouts, tokenizer)
+    assert (report["auc"], report["mean_correct"], report["mean_wrong"]) == (1, 3, -3.5)
+    assert report["share_of_tokens_with_90_percent"] == 3 / 5  # 4 + 2 + 1 of 7.5
+    assert report["sd"] == pytest.approx(torch.tensor([1.0, 2.0, 0.0, -4.0, 0.5]).std().item())
+    names = [tokenizer.decode([i]) for i in (6, 1, 5)]
+    assert report["most_credit"][:2] == [[names[0], 2.0], [names[1], 0.5]]
+    assert report["most_blame"][0] == [names[2], -3.0] and report["most_blame"][1][1] == 0
+    assert len(report["most_credit"]) == len(report["most_blame"]) == 7  # as far as the tokens go
+    assert "credit_auc" not in report
+    wrong = tiny.make_rollouts("r", sequences, [0.0, 0.0], [0, 0])
+    assert build_signals.diagnose(signal, wrong, tokenizer)["auc"] is None
+
+
+def test_the_file_has_the_sum_and_names_its_models(tmp_path, ranks, capsys):
+    folder = tiny.setting()
+    base, other, data = (str(folder / name) for name in ("base", "other", "rollouts"))
+    output = tmp_path / "signals.safetensors"
+    args = Args(Path(data), base, (base, other), output, (other, base), (0.5, -1.0), behavior=other)
+    build_signals.main(args)
+    arrays, metadata = common.load_tensors(output)
+    rollouts = common.load_rollouts(folder / "rollouts")
+    scores = {name: common.score(name, rollouts, 10**6, ranks) for name in (base, other)}
+    log_ratio = scores[other] - scores[base]
+    expected = {"base_logprobs": scores[base], "behavior_logprobs": scores[other]}
+    expected["signal"] = -1.5 * log_ratio
+    torch.testing.assert_close(arrays, expected, atol=1e-5, rtol=1e-5)
+    models = {"base": base, "behavior": other, "teacher_0": base, "reference_0": other}
+    models |= {"teacher_1": other, "reference_1": base}
+    assert {role: model["path"] for role, model in metadata["models"].items()} == models
+    assert metadata["models"]["base"]["fingerprint"] == common.fingerprint(Path(base))
+    assert metadata["rollouts"] == common.fingerprint(rollouts.path)
+    assert output.with_suffix(".json").read_text().startswith('{\n  "auc": 0.')
+    report = common.read_json(output.with_suffix(".json"))
+    assert report["weights"] == [0.5, -1.0] and 0 < report["auc"] < 1
+    assert len(report["most_credit"]) == len(report["most_blame"]) == 8
+    assert f"{report['auc']:.4f}" in capsys.readouterr().out
+    before = output.read_bytes()
+    build_signals.main(args)  # again: complete
+    assert "nothing to do" in capsys.readouterr().out and output.read_bytes() == before
+    args.weights = (1.0, 1.0)
+    with pytest.raises(common.UserError, match="other inputs"):
+        build_signals.main(args)

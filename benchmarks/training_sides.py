@@ -1,27 +1,29 @@
-"""The sides that benchmarks/training.py compares. Each runs in a process of its own, so that its
-peak memory is its own:
+"""The sides that benchmarks/training.py compares.
+
+Each runs in a process of its own, so that its peak memory is its own, and prints one line of JSON:
 
     python benchmarks/training_sides.py SIDE '{"argument": value}'
 
-prints one line of JSON. Memory is the peak of the resident set less what was resident once all
-modules were imported: weights, gradients, optimiser, activations, logits. Linux only.
+Memory is the peak of the resident set less what was resident once all modules were imported. So it
+holds weights, gradients, optimizer, activations and logits. Linux only.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
-import torch.distributed.checkpoint.state_dict  # as transformers' below: not in the memory measured
+import torch.distributed.checkpoint.state_dict  # imported here, so that memory leaves it out
 import torch.nn.functional as F
-from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3ForCausalLM  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,122 +33,118 @@ import common  # noqa: E402
 import stage1_extreme  # noqa: E402
 
 Result = dict[str, Any]
+TRL_SETTINGS = {
+    "packing_strategy": "bfd",
+    "per_device_train_batch_size": 1,
+    "learning_rate": 1e-6,
+    "lr_scheduler_type": "constant",
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "optim": "adamw_torch_fused",
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "use_cpu": True,
+    "dataloader_pin_memory": False,
+    "logging_strategy": "no",
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
 
 
 def resident(entry: str) -> int:
-    """Bytes: VmRSS is what is resident now, VmHWM the most that ever was."""
+    """Returns bytes of this process: VmRSS is what is resident now, VmHWM the most so far."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{entry}:"))
 
 
 class Meter:
-    """Seconds of each step, and the peak of memory since it was made."""
+    """Measures the seconds of each step, and the peak of memory since it was made."""
 
     def __init__(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: imports had their own
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of the imports
         self.before, self.seconds, self.began = resident("VmRSS"), [], 0.0
 
     def start(self) -> None:
+        """Begins a step."""
         self.began = time.perf_counter()
 
     def stop(self) -> None:
+        """Ends a step."""
         self.seconds.append(time.perf_counter() - self.began)
 
-    def result(self, **more: Any) -> Result:
-        """The first step warms up and is left out."""
-        peak = max(resident("VmHWM") - self.before, 4096)  # a page: not 0, ratios are made of it
-        return {"seconds": self.seconds[1:], "bytes": peak} | more
+    def result(self) -> Result:
+        """Returns seconds and bytes. The first step warms up and is left out."""
+        peak = max(resident("VmHWM") - self.before, 4096)  # not 0, for ratios are made of it
+        return {"seconds": self.seconds[1:], "bytes": peak}
 
 
-class Done(Exception):
+class DoneError(Exception):
     """Ends stage1_extreme.main before it writes models that nobody needs."""
 
 
-def ours(folder: str, steps: int, budget: int, probe: bool = False, rescore: int = 0) -> Result:
-    """stage1_extreme.main itself with --loss grpo, one batch over and over: a step lasts from one
-    line of metrics.jsonl to the next, so all that the loop does is in it.
+def ours(folder: str, steps: int, budget: int) -> Result:
+    """Runs stage1_extreme.main itself with --loss grpo, on one batch over and over.
 
-    probe: after each step the rate of a matrix product is measured as well, in FLOP/s.
-    rescore: times that the scoring pass is run again, by the same call, after the training."""
-    n = len(common.load_rollouts(Path(folder) / "rollouts").rewards)
-    args = stage1_extreme.Args(
-        base=f"{folder}/model", rollouts=Path(folder) / "rollouts", loss="grpo",
-        output=Path(folder) / f"run{budget}", epochs=steps + 1, save_at=(float(steps + 1),),
-        batch_size=n, micro_batch_tokens=budget, warmup_steps=0,
-    )  # fmt: skip
-    if rescore:
-        (args.output / "checkpoints" / "behavior_logprobs.safetensors").unlink(missing_ok=True)
-    meter, products, calls = Meter(), [], []
-    own_write, own_score = common.MetricsLog.write, stage1_extreme.score
+    A step lasts from one line of metrics.jsonl to the next. Afterwards the scoring pass is timed,
+    with the loading of its model."""
+    meter, write, progress = Meter(), common.MetricsLog.write, stage1_extreme.progress
 
-    def write(log: Any, values: dict[str, float]) -> None:
-        """In the place of MetricsLog.write: it, with a stopwatch."""
-        own_write(log, values)
+    def timed_write(log: common.MetricsLog, values: dict[str, float]) -> None:
+        """Writes a line of metrics.jsonl, and ends the step."""
+        write(log, values)
         meter.stop()
-        if probe:
-            products.append(product_rate())
         if len(meter.seconds) == steps + 1:
-            raise Done
+            raise DoneError
         meter.start()
 
-    def score(*given: Any) -> Tensor:
-        """In the place of score: it, and its arguments are remembered."""
-        calls.append(given)
-        return own_score(*given)
-
-    def restart(*given: Any) -> Any:
-        """In the place of progress: the first step begins where the bar is made."""
+    def timed_progress(*given: Any) -> Any:
+        """Makes the progress bar, after which the first step begins."""
         meter.start()
-        return own_progress(*given)
+        return progress(*given)
 
-    own_progress = stage1_extreme.progress
-    common.MetricsLog.write, stage1_extreme.score = write, score
-    stage1_extreme.progress = restart
-    with contextlib.suppress(Done):
+    base, rollouts = f"{folder}/model", common.load_rollouts(Path(folder) / "rollouts")
+    settings = {"loss": "grpo", "micro_batch_tokens": budget, "warmup_steps": 0}
+    kept = rollouts.path.parent / "logprobs"
+    shutil.rmtree(kept, ignore_errors=True)  # every round scores again, as a first run does
+    with (
+        tempfile.TemporaryDirectory() as output,
+        contextlib.suppress(DoneError),
+        mock.patch.object(common.MetricsLog, "write", timed_write),
+        mock.patch.object(stage1_extreme, "progress", timed_progress),
+    ):
+        args = stage1_extreme.Args(
+            base=base,
+            rollouts=rollouts.path.parent,
+            output=Path(output) / "run",
+            epochs=steps + 1,
+            save_at=(float(steps + 1),),
+            batch_size=len(rollouts.rewards),
+            **settings,
+        )
         stage1_extreme.main(args)
-    result = meter.result(products=products)
-    stage1_extreme.progress, stage1_extreme.score = own_progress, own_score
-    common.MetricsLog.write = own_write
-    scoring = []
-    for _ in range(rescore):
-        began = time.perf_counter()
-        own_score(*calls[0])
-        scoring.append(time.perf_counter() - began)
-    return result | {"scoring": scoring[1:]}
-
-
-def growth(folders: list[str], steps: int, budget: int) -> Result:
-    """`ours` on each of the folders in turn -> seconds[folder][step]."""
-    return {"seconds": [ours(folder, steps, budget)["seconds"] for folder in folders]}
-
-
-def product_rate(size: int = 2048) -> float:
-    """FLOP/s of a square float32 product, the best of five."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    out, best = torch.empty(size, size), float("inf")
-    for _ in range(5):
-        began = time.perf_counter()
-        torch.mm(a, b, out=out)
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
+    result = meter.result()
+    shutil.rmtree(kept)
+    began = time.perf_counter()
+    common.score(base, rollouts, budget, common.setup_ranks())
+    return result | {"scoring": time.perf_counter() - began}
 
 
 def plain(folder: str, steps: int, responses: int) -> Result:
-    """The loop as one writes it first: micro-batches of `responses`, padded to their longest;
-    transformers' forward with whole logits, log_softmax, gather; the same loss and optimiser."""
+    """Trains with the loop as one writes it first.
+
+    Micro-batches of `responses` are padded to their longest; transformers' forward gives whole
+    logits, then come log_softmax, gather, and the same loss and optimizer as ours."""
     rollouts = common.load_rollouts(Path(folder) / "rollouts")
     meter = Meter()
-    lm = AutoModelForCausalLM.from_pretrained(
-        f"{folder}/model", dtype=torch.float32, attn_implementation="sdpa"
-    )
+    options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+    lm = AutoModelForCausalLM.from_pretrained(f"{folder}/model", **options)
     optimizer = torch.optim.AdamW(lm.parameters(), 1e-6, weight_decay=0.0, fused=True)
-    index = rollouts.problem_index
-    advantages, _, _ = stage1_extreme.group_statistics(rollouts.rewards, index, 1.0)
+    advantages, _ = stage1_extreme.group_statistics(rollouts.rewards, rollouts.problem_index)
     sequences = rollouts.tokens.long().split(rollouts.lengths.tolist())
-    behavior = None  # of the first step, which warms up; then the ratio is near 1, as in ours
+    base_logprobs: dict[int, torch.Tensor] = {}  # of the first step, which warms up
     for _ in range(steps + 1):
         meter.start()
-        kept = []
         for number, members in enumerate(torch.arange(len(sequences)).split(responses)):
             tokens = torch.nn.utils.rnn.pad_sequence([sequences[i] for i in members], True)
             at = torch.arange(tokens.shape[1])
@@ -154,18 +152,15 @@ def plain(folder: str, steps: int, responses: int) -> Result:
             logits = lm(tokens, attention_mask=(at < lengths).long(), use_cache=False).logits
             logprobs = logits.log_softmax(-1)
             del logits
-            targets = tokens.roll(-1, 1)
-            logprobs = logprobs.gather(-1, targets[..., None])[..., 0]  # of the token that follows
+            targets = tokens.roll(-1, 1)  # the token that follows
+            logprobs = logprobs.gather(-1, targets[..., None])[..., 0]
             mask = (at + 1 >= prompts) & (at + 1 < lengths)
-            old = logprobs.detach() if behavior is None else behavior[number]
-            kept.append(old)
-            ratio = (logprobs - old).exp()
+            ratio = (logprobs - base_logprobs.setdefault(number, logprobs.detach())).exp()
             advantage = advantages[members, None]
             clipped = ratio.clamp(0.8, 1.28) * advantage
             loss = -(torch.minimum(ratio * advantage, clipped) * mask).sum(1) / mask.sum(1)
             (loss.sum() / len(sequences)).backward()
             del logprobs, ratio, clipped, loss
-        behavior = kept
         torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -173,8 +168,8 @@ def plain(folder: str, steps: int, responses: int) -> Result:
     return meter.result()
 
 
-def trl(folder: str, steps: int, rows: str) -> Result:
-    """TRL's SFTTrainer on the same tokens, its loss over the responses' tokens; see training.py."""
+def trl(folder: str, steps: int, packing: bool) -> Result:
+    """Trains with TRL's SFTTrainer on the same tokens; its loss is over the responses' tokens."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
@@ -186,17 +181,14 @@ def trl(folder: str, steps: int, rows: str) -> Result:
     parts = [x.split(rollouts.lengths.tolist()) for x in (tokens, labels)]
     ids, labels = ([part.tolist() for part in split] for split in parts)
     data = Dataset.from_dict({"input_ids": ids, "labels": labels})
-    longest, total = int(rollouts.lengths.max()), len(tokens)
-    length = {"one": total, "longest": longest, "single": longest}[rows]
-    packing = rows != "single"
-    micro_batches = len(pack_dataset(data, length, "bfd")) if packing else len(data)
+    longest = int(rollouts.lengths.max())
+    micro_batches = len(pack_dataset(data, longest, "bfd")) if packing else len(data)
     meter = Meter()
-    lm = AutoModelForCausalLM.from_pretrained(
-        f"{folder}/model", dtype=torch.float32, attn_implementation="sdpa"
-    )
+    options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+    lm = AutoModelForCausalLM.from_pretrained(f"{folder}/model", **options)
 
     class Stopwatch(TrainerCallback):
-        """From the first micro-batch, data at hand, to the cleared gradients."""
+        """Times from the first micro-batch, data at hand, to the cleared gradients."""
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             meter.start()
@@ -205,25 +197,19 @@ def trl(folder: str, steps: int, rows: str) -> Result:
             meter.stop()
 
     with tempfile.TemporaryDirectory() as output:
-        config = SFTConfig(
-            output_dir=output, packing=packing, packing_strategy="bfd", max_length=length,
-            per_device_train_batch_size=1, gradient_accumulation_steps=micro_batches,
-            max_steps=steps + 1, learning_rate=1e-6, lr_scheduler_type="constant",
-            weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch_fused", bf16=False,
-            gradient_checkpointing=False, use_cpu=True, dataloader_pin_memory=False,
-            logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
-        )  # fmt: skip
+        lengths = {"packing": packing, "max_length": longest, "max_steps": steps + 1}
+        lengths |= {"gradient_accumulation_steps": micro_batches}
+        settings = SFTConfig(output_dir=output, **lengths, **TRL_SETTINGS)
         tokenizer = common.load_tokenizer(f"{folder}/model")
-        SFTTrainer(
-            lm, config, train_dataset=data, processing_class=tokenizer, callbacks=[Stopwatch()]
-        ).train()
-    return meter.result(micro_batches=micro_batches)
+        given = {"train_dataset": data, "processing_class": tokenizer, "callbacks": [Stopwatch()]}
+        SFTTrainer(lm, settings, **given).train()
+    return meter.result()
 
 
 def head(kind: str, positions: int, hidden: int, vocabulary: int, steps: int) -> Result:
-    """Forward and backward of log-probs to hidden states and output matrix.
+    """Runs log-probs forward, and backward to hidden states and output matrix.
 
-    ours: the chunked head. whole: [positions, vocabulary] logits at once. products: the three
+    ours: the head of common.py. whole: [positions, vocabulary] logits at once. products: the three
     matrix products alone, in tiles that stay in the cache as ours do."""
     torch.manual_seed(0)
     h = torch.randn(positions, hidden, requires_grad=True)
@@ -231,8 +217,8 @@ def head(kind: str, positions: int, hidden: int, vocabulary: int, steps: int) ->
     targets = torch.randint(vocabulary, (positions,))
     ones = torch.ones(positions)
 
-    def chunked() -> None:
-        common._HeadLogprobs.apply(h, weight, targets, 1.0)[0].backward(ones)
+    def tiled() -> None:
+        common.head_logprobs(h, weight, targets, 1.0)[0].backward(ones)
 
     def whole() -> None:
         logprobs = F.linear(h, weight).log_softmax(-1)
@@ -240,7 +226,7 @@ def head(kind: str, positions: int, hidden: int, vocabulary: int, steps: int) ->
 
     @torch.no_grad()
     def products() -> None:
-        columns = max(1, 2**21 // positions)
+        columns = max(1, common.HEAD_TILE_ELEMENTS["cpu"] // positions)
         logits = torch.empty(positions, columns)
         h.grad, weight.grad = torch.zeros_like(h), torch.empty_like(weight)
         for start in range(0, vocabulary, columns):
@@ -250,8 +236,8 @@ def head(kind: str, positions: int, hidden: int, vocabulary: int, steps: int) ->
             h.grad.addmm_(tile, rows)
             torch.mm(tile.T, h, out=weight.grad[start : start + columns])
 
-    step = {"ours": chunked, "whole": whole, "products": products}[kind]
-    torch.mm(h.detach(), h.detach().T).sum()  # threads and their buffers
+    step = {"ours": tiled, "whole": whole, "products": products}[kind]
+    torch.mm(h.detach(), h.detach().T).sum()  # makes the threads and their buffers
     meter = Meter()
     for _ in range(steps + 1):
         h.grad = weight.grad = None
@@ -261,9 +247,7 @@ def head(kind: str, positions: int, hidden: int, vocabulary: int, steps: int) ->
     return meter.result()
 
 
-SIDES: dict[str, Callable[..., Result]] = {
-    "ours": ours, "growth": growth, "plain": plain, "trl": trl, "head": head,
-}  # fmt: skip
+SIDES: dict[str, Callable[..., Result]] = {"ours": ours, "plain": plain, "trl": trl, "head": head}
 
 if __name__ == "__main__":
     with contextlib.redirect_stdout(sys.stderr):

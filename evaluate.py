@@ -430,7 +430,8 @@ def sample_hf(prompts: Prompts, units: Units, args: Args, ranks: Ranks) -> Finis
 
 def start_vllm(longest: int, args: Args, ranks: Ranks) -> Any:
     """Starts vLLM in this process, for sequences of at most `longest` tokens."""
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # a process of its own outlives us
+    # An engine in a process of its own would outlive this one, and keep its GPU.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # else it reports to its makers
     from vllm import LLM
@@ -558,7 +559,8 @@ def parse_answer(answer: str) -> list:
     return parse(boxed, config, extraction_mode="first_match", parsing_timeout=None)
 
 
-parse_gold = functools.lru_cache(maxsize=256)(parse_answer)  # all responses to a problem share one
+# All responses to a problem share one gold.
+parse_gold = functools.lru_cache(maxsize=256)(parse_answer)
 
 
 def check_pair(gold: str, answer: str | None) -> Verdict:
@@ -799,7 +801,8 @@ def measure_kl(args: Args, rollouts: Rollouts, ranks: Ranks) -> dict[str, Tensor
             zeros = values.new_zeros(3, len(members))
             sums[:, row.sequences] = zeros.index_add(1, row.sequence_ids, values).cpu()
             bar.update(len(members))
-    arrays = dict(zip(("kl", "k1", "entropy"), sums[:, subset], strict=True)) | {"response": subset}
+    arrays = dict(zip(("kl", "k1", "entropy"), sums[:, subset], strict=True))
+    arrays["response"] = subset
     save_tensors(path, arrays, {"base": args.base})
     return arrays
 
@@ -818,7 +821,8 @@ def collect_metrics(
 
     correct, count = totals(rollouts.rewards)
     parts = {"accuracy": (correct, count)}
-    for k in [2**i for i in range(int(count.min()).bit_length())]:  # 1, 2, 4, ... up to the fewest
+    # 1, 2, 4, ... up to the fewest responses that a problem has.
+    for k in [2**i for i in range(int(count.min()).bit_length())]:
         parts[f"pass@{k}"] = (pass_at_k(correct, count, k), torch.ones(n_problems))
     if "unparsed" in rollouts.metadata:
         parts["unparsed"] = (torch.tensor(rollouts.metadata["unparsed"]), count)

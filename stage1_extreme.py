@@ -1,4 +1,4 @@
-"""Stage 1: train an *extreme* policy for many epochs on fixed, verified rollouts, nearly free.
+"""Stage 1: train an *extreme* policy for many epochs on verified rollouts, almost unconstrained.
 
 The resulting *teacher* is not the product, and it may be ruined as a policy. We only want its
 log-ratio to the base: training turned one reward per response into one number per token, which

@@ -14,7 +14,7 @@ import common
 torch.set_num_threads(1)
 
 # tests/vllm.sh and tests/trl.sh run them, in environments that have vLLM and TRL.
-NEEDS = {"test_vllm.py": "vllm", "test_trl.py": "trl", "test_trl_jsd.py": "trl"}
+NEEDS = {"test_vllm.py": "vllm", "test_trl.py": "trl"}
 collect_ignore = [file for file, name in NEEDS.items() if importlib.util.find_spec(name) is None]
 
 

@@ -51,15 +51,10 @@ def test_head_equals_log_softmax(temperature, dtype, close, tiles):
     tolerance = {"atol": close, "rtol": close}
     torch.testing.assert_close(logprobs, expected, **tolerance)
     torch.testing.assert_close(entropy, expected_entropy, **tolerance)
+    assert not entropy.requires_grad
     along = torch.randn(len(targets), dtype=dtype)
     found, wanted = (torch.autograd.grad(x @ along, (hidden, weight)) for x in (logprobs, expected))
     torch.testing.assert_close(found, wanted, **tolerance)
-
-
-def test_head_gradcheck(tiles):
-    hidden, weight, targets = head_inputs(5)
-    of_inputs = lambda h, w: head_logprobs(h, w, targets, 0.7)[0]  # noqa: E731
-    assert torch.autograd.gradcheck(of_inputs, (hidden, weight))
 
 
 def test_tiles_have_widths_for_tensor_cores(monkeypatch):
@@ -73,14 +68,6 @@ def test_tiles_have_widths_for_tensor_cores(monkeypatch):
         assert [len(rows) for _, rows in tiles] == widths
         assert torch.equal(torch.cat([rows for _, rows in tiles]), weight)
         assert [start for start, _ in tiles] == [sum(widths[:i]) for i in range(len(widths))]
-
-
-def test_entropy_has_no_gradient_and_changes_none():
-    hidden, weight, targets = head_inputs()
-    logprobs, entropy = head_logprobs(hidden, weight, targets, 1.0)
-    alone = torch.autograd.grad(logprobs.sum(), hidden, retain_graph=True)[0]
-    beside = torch.autograd.grad(logprobs.sum() + 5 * entropy.sum(), hidden)[0]
-    assert not entropy.requires_grad and torch.equal(alone, beside)
 
 
 def test_head_in_bfloat16_rounds_only_its_inputs(tiles):

@@ -208,16 +208,3 @@ def test_unlearning_stops_at_its_depth(model_folders, rollouts, tmp_path):
     assert len(lines) == 1 and json.loads(lines[0])["logprob"] < -1
     assert (tmp_path / "run/config.json").is_file()
 
-
-def test_a_budget_may_be_spent_in_full(tmp_path):
-    """The second run's budget is exactly what the first run spent at most."""
-    folder, spent = tiny.setting(), []
-    args = stage2.Args(str(folder / "base"), folder / "rollouts", tiny.signals(), tmp_path / "1")
-    args = dataclasses.replace(args, batch_size=16, kl_every=1, learning_rate=1e-4)
-    for name in ("1", "2"):
-        args = dataclasses.replace(args, output=tmp_path / name)
-        stage2.main(args)
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        spent.append([json.loads(line)["kl_proxy"] for line in lines])
-        args.kl_budget = max(spent[0])
-    assert spent[0] == spent[1] and len(spent[0]) == 4

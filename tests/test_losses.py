@@ -92,14 +92,6 @@ def test_ce_prior_adds_the_logit_of_the_pass_rate():
     assert metric("ce", x, "classified") == [3, 5]  # at 0 the guess is "wrong"
 
 
-def test_mse_with_the_verdict_as_target():
-    log_ratios = [[total / 2] * 2 for total in (0, 10, 20, 0, 10, 20)]
-    x = inputs(log_ratios, [1.0] * 3 + [0.0] * 3)
-    value, grad = gradient("mse", x, mse_target="verdict")
-    assert value == pytest.approx(1 + 0.25 + 0 + 0 + 0.25 + 1)
-    assert grad[::2] == pytest.approx([-0.1, -0.05, 0, 0, 0.05, 0.1])
-
-
 @pytest.mark.parametrize(
     ("target", "right", "wrong"),
     [("verdict", 20.0, 0.0), ("centred", 15.0, -5.0), ("soft_value", 1.3863, -18.6137)],
@@ -161,12 +153,6 @@ def test_the_mean_is_over_the_tokens_of_each_response(name):
     assert gradient(name, x)[1] == pytest.approx([-1.5 / 3] * 3 + [0.5 / 5] * 5)
     agreeing = inputs([[0.5, -0.5]], [1.0], [0.0])
     assert gradient(name, agreeing) == (0, [0, 0])
-
-
-def test_sft_trains_on_correct_responses_only():
-    value, grad = gradient("sft", inputs([[0.0, 0.3], [0.1, 0.2]], [1.0, 0.0]))
-    assert value == pytest.approx(0.5 + 0.6 - 0.3)  # minus the sum of the first one's log-probs
-    assert grad == [-1, -1, 0, 0]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -73,12 +72,6 @@ def whole(tmp_path_factory, grading_in_this_process):
 
 # --------------------------------------------------------------------------------------------------
 # Units, shards and seeds
-
-
-@pytest.mark.parametrize("shard", ["", "1", "2/2", "-1/2", "a/b", "0/0", "1/2/3", "0.5/2"])
-def test_malformed_shards(shard):
-    with pytest.raises(UserError, match="--shard"):
-        command(Path("o"), shard=shard).check()
 
 
 @pytest.mark.parametrize("engine", ["hf", "vllm"])
@@ -243,17 +236,3 @@ def test_shards_started_at_once_and_merged_equal_one_process(tmp_path, whole):
     evaluate.main(command(run))
     same_files(whole, run)
 
-
-@pytest.mark.slow
-def test_killed_while_it_samples_and_continued_has_the_same_bits(tmp_path, whole):
-    run = tmp_path / "run"
-    process = start(command(run))
-    while not list(run.glob("parts/unit-*")):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.002)
-    process.kill()
-    process.communicate()
-    assert not (run / "metrics.json").exists()
-    printed = start(command(run)).communicate()[0]
-    assert "accuracy" in printed
-    same_files(whole, run)

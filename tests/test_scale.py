@@ -68,7 +68,8 @@ def test_only_the_same_run_goes_on(ranks, tmp_path):
         return common.start_run(args.output, changed, {"rollouts": data}, ranks)
 
     assert start() and start(micro_batch_tokens=64, max_noise=0.3, checkpoint_every=7)
-    assert common.read_json(args.output / "args.json")["args"]["micro_batch_tokens"] == 64
+    assert start(activation_checkpointing=True, tensorboard=True)
+    assert common.read_json(args.output / "args.json")["args"]["tensorboard"]
     for name, value in dict(seed=1, loss="sft", save_at=(1.0,), init="x", ce_prior=True).items():
         with pytest.raises(common.UserError, match=f"other settings .{name}: .* -> .*;"):
             start(**{name: value})

@@ -11,16 +11,9 @@ import torch
 
 import build_signals
 import common
-from build_signals import Args, auc, combine, credit_auc, share_that_carries
+from build_signals import Args, auc, credit_auc, share_that_carries
 
 PATHS = {"rollouts": Path("r"), "base": "base", "output": Path("s.safetensors")}
-
-
-def test_combine_adds_weighted_log_ratios():
-    torch.manual_seed(0)
-    (a, b), (u, v) = torch.randn(2, 2, 5)
-    torch.testing.assert_close(combine([(0.25, a, u), (-2.0, b, v)]), 0.25 * (a - u) - 2 * (b - v))
-    assert not combine([(3.0, a, a)]).any()  # a teacher against itself is silent
 
 
 def test_pairs_of_teachers_and_references():

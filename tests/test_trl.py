@@ -20,11 +20,13 @@ import torch
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 
+import divergences  # noqa: E402
 import objectives  # noqa: E402
 import stage1  # noqa: E402
 import tiny  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
+from trl.experimental.gkd import GKDTrainer  # noqa: E402
 
 import common  # noqa: E402
 import stage1_extreme  # noqa: E402
@@ -147,16 +149,6 @@ def test_the_cases_are_told_apart(case):
     assert (mean < 0.95).any() and (mean > 1.05).any() and ((mean - 1).abs() < 0.05).any()
 
 
-def test_trl_counts_what_it_clips_as_we_do(case, model_folders, tokenizer, tmp_path):
-    _, x, batch = case
-    trainer = make_trainer(model_folders[0], tmp_path, tokenizer, **CASES["grpo"][2])
-    trainer._compute_loss(trainer.model.train(), batch)
-    theirs = trainer._metrics["train"]["clip_ratio/region_mean"][0]
-    total, count = stage1_extreme.grpo_loss(x, our_args())[1]["clip_share"].tolist()
-    assert total / count == pytest.approx(theirs, abs=1e-6)
-    assert total > 0
-
-
 @pytest.mark.parametrize("scale", ["group", "none"])
 def test_advantages(scale, model_folders, tokenizer, tmp_path):
     """TRL adds 1e-4 to the deviation, we 1e-6 (verl): A (deviation + eps) is the same. Its "none"
@@ -185,3 +177,24 @@ def test_advantages(scale, model_folders, tokenizer, tmp_path):
         x = stage1_extreme.LossInputs(*torch.zeros(3, 12), torch.arange(12), *per_response)
         x = objectives.choose_advantages(x, our_args(advantages="group_mean"))
         assert torch.allclose(theirs, x.advantages, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_jsd(beta, temperature):
+    torch.manual_seed(0)
+    teacher = torch.randn(2, 5, 4).double()
+    student = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(11, 4).double(), torch.randn(11, 4).double()
+    labels = torch.zeros(2, 5, dtype=torch.int64)
+    labels[1, 3:] = -100  # two positions of padding, to have its denominator in the comparison
+    theirs = GKDTrainer.generalized_jsd_loss(
+        student @ weights[0].T, teacher @ weights[1].T, labels, beta=beta, temperature=temperature
+    )
+    kept = labels != -100
+    pair = (teacher[kept], weights[1]), (student[kept], weights[0])
+    ours = divergences.jsd(*pair, temperature, jsd_beta=beta).sum() / kept.sum()
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
+    grads = [torch.autograd.grad(loss, student)[0] for loss in (ours, theirs)]
+    assert torch.allclose(*grads, atol=1e-12)
+    assert grads[0].abs().max() > 1e-3

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 import build_signals
 import common
+from evaluate import save_rollouts, write_jsonl
 
 N_SAMPLES = 4  # responses to each problem of `setting`
 CPU = torch.device("cpu")
@@ -72,20 +73,6 @@ def random_rollouts(path, vocabulary, n_problems=5, n=4, seed=0):
             rewards.append({0: 1.0, 1: 0.0}.get(problem, mixed))
             index.append(problem)
     return make_rollouts(path, sequences, rewards, index)
-
-
-def save_rollouts(rollouts):
-    """Writes rollouts.safetensors as evaluate.py does."""
-    names = ("cu_seqlens", *common.ARRAYS)
-    arrays = {name: getattr(rollouts, name) for name in names}
-    arrays = {name: array for name, array in arrays.items() if array is not None}
-    common.save_tensors(rollouts.path, arrays, rollouts.metadata)
-
-
-def write_jsonl(path, rows):
-    """One JSON object per line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def fit(policy, rollouts, steps, learning_rate=1e-2):

@@ -10,4 +10,4 @@ erpd_requirements=.pytest_cache/requirements-trl.txt
 cat requirements.txt tests/requirements-trl.txt >"$erpd_requirements"
 source tests/setup.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-"$PYTHON" -m pytest tests/test_trl.py tests/test_trl_jsd.py "$@"
+"$PYTHON" -m pytest tests/test_trl.py "$@"

@@ -237,10 +237,8 @@ def test_a_clip_of_the_sampled_token_is_no_bound():
 def test_regression_has_an_end_and_pg_a_speed():
     """One sampled token each of four coins, signals of 0.05 to 0.2: after many steps the regression
     is at its targets, the policy gradient at its clip, whatever the signal."""
-    base, signal = (
-        torch.full((4,), 0.5).double().log(),
-        torch.tensor([0.05, 0.1, 0.15, 0.2]).double(),
-    )
+    base = torch.full((4,), 0.5).double().log()
+    signal = torch.tensor([0.05, 0.1, 0.15, 0.2]).double()
     ends, first = {}, {}
     for name in ("regression", "pg"):
         logit = torch.zeros(4).double().requires_grad_()

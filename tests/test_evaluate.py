@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast
 
 import common
 import evaluate
@@ -141,14 +141,9 @@ def test_there_is_one_bos_and_no_eos(template):
     tokenizer = byte_tokenizer(template, bos=True, eos=True)
     text = prompt_text(tokenizer)
     assert text.startswith("<s>") and text.count("<s>") == 1 and "</s>" not in text
-    written = prompt_text(tokenizer, no_chat_template=True, prompt_template="<s>{problem}")
-    assert written == "<s>1+1?"
-
-
-def test_base_models_get_the_bare_text():
-    template = "Problem: {problem}\nSolution: $\\frac{1}{2}"  # braces of LaTeX stay
-    text = prompt_text(byte_tokenizer(CHATML), no_chat_template=True, prompt_template=template)
-    assert text == "Problem: 1+1?\nSolution: $\\frac{1}{2}"
+    bare = r"<s>Problem: {problem} Solution: $\frac{1}{2}"  # braces of LaTeX stay
+    written = prompt_text(tokenizer, no_chat_template=True, prompt_template=bare)
+    assert written == r"<s>Problem: 1+1? Solution: $\frac{1}{2}"
 
 
 def test_a_tokenizer_that_hides_the_end_of_a_thought_is_refused(tokenizer):
@@ -212,9 +207,8 @@ def test_standard_errors_over_problems():
     """Equal counts: the usual one. Unequal: numpy's own resampling. One problem: none."""
     rng = np.random.default_rng(0)
     samples = rng.random((12, 8))
-    mean, error = evaluate.mean_over_problems(
-        torch.from_numpy(samples.sum(1)), torch.full((12,), 8)
-    )
+    total = torch.from_numpy(samples.sum(1))
+    mean, error = evaluate.mean_over_problems(total, torch.full((12,), 8))
     assert mean == pytest.approx(samples.mean())
     assert error == pytest.approx(samples.mean(1).std(ddof=1) / 12**0.5)
     count = rng.integers(2, 9, 200)
@@ -296,17 +290,10 @@ def enumerated(tmp_path_factory):
     """Two policies on disk; all responses as rollouts; log-probabilities under each."""
     folder = tmp_path_factory.mktemp("enumerable")
     responses, tables = all_responses(), []
-    shape = dict(vocab_size=4, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
-    shape |= dict(head_dim=8, num_attention_heads=2, num_key_value_heads=1, eos_token_id=EOS)
-    shape |= dict(max_position_embeddings=16, tie_word_embeddings=True, pad_token_id=0)
     for seed in (0, 1):
-        torch.manual_seed(seed)
-        lm = Qwen3ForCausalLM(Qwen3Config(**shape)).eval()
+        lm = tiny.make_lm(seed, 4, spread=0.2)
+        lm.save_pretrained(folder / str(seed))
         with torch.no_grad():
-            for parameter in lm.parameters():
-                if parameter.dim() > 1:
-                    parameter.normal_(0, 0.4)
-            lm.save_pretrained(folder / str(seed))
             tables.append(torch.stack([log_probability(lm, r) for r in responses]))
     assert all(table.exp().sum().item() == pytest.approx(1, abs=1e-6) for table in tables)
     n, path = len(responses), folder / "rollouts.safetensors"

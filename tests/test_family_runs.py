@@ -25,6 +25,7 @@ import tiny
 import torch
 import tyro
 import variants
+from test_pipeline import assert_same_files
 
 import build_signals
 import common
@@ -52,17 +53,12 @@ def train(script, output, **changes):
     return read_jsonl(output / "metrics.jsonl")
 
 
-def same_files(one, two):
-    for file in ("model.safetensors", "metrics.jsonl"):
-        assert (one / file).read_bytes() == (two / file).read_bytes()
-
-
 def test_stage_1(tmp_path):
     """What stage 1 has already is unchanged, bit by bit; each token's share of its class is 1 at
     the start; the options see the entropies of the loop."""
     train(stage1_extreme, tmp_path / "own", loss="grpo", epochs=1)
     plain = train(stage1, tmp_path / "family", loss="grpo", epochs=1)
-    same_files(tmp_path / "family", tmp_path / "own")
+    assert_same_files(tmp_path / "family", tmp_path / "own")
     masked = train(stage1, tmp_path / "masked", loss="grpo", epochs=1, mask_entropy=0.5)
     assert masked[0]["grad_norm"] != plain[0]["grad_norm"]
     assert train(stage1, tmp_path / "nsr", loss="nsr", epochs=1)[0]["loss"] == pytest.approx(1)
@@ -110,7 +106,7 @@ def test_state_of_a_resumed_run(tmp_path, monkeypatch):
         patch.setattr(stage2, "optimizer_step", dying)
         train(stage2, tmp_path / "killed", **flags)
     train(stage2, tmp_path / "killed", **flags)
-    same_files(tmp_path / "whole", tmp_path / "killed")
+    assert_same_files(tmp_path / "whole", tmp_path / "killed")
     measured = [row["kl_coef"] for row in rows if "kl_proxy" in row]
     assert measured == [0.01 * 2**k for k in range(1, len(measured) + 1)]
     assert [r["ratio"] for r in rows if r["step"] % 3 == 1] == pytest.approx([1.0] * 3, abs=1e-5)

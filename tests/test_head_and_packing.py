@@ -160,11 +160,8 @@ def test_epochs_visit_every_response_once_in_orders_of_their_own():
     assert torch.equal(first.sort().values, torch.arange(23)) and torch.equal(first, again)
     assert not any(torch.equal(first, other) for other in others)
     # A run that was begun goes on in the same order.
-    assert [batch.tolist() for batch in common.epoch_batches(5, 2, seed=1, epoch=2)] == [
-        [0, 2],
-        [1, 3],
-        [4],
-    ]
+    begun = [batch.tolist() for batch in common.epoch_batches(5, 2, seed=1, epoch=2)]
+    assert begun == [[0, 2], [1, 3], [4]]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -196,9 +193,8 @@ def test_packed_equals_one_sequence_at_a_time(architecture, training, rollouts, 
 def test_a_row_without_sequences_takes_part_and_adds_nothing(policy, rollouts):
     row = make_row(rollouts, [], tiny.CPU)
     assert len(row.tokens) == rollouts.lengths[0]
-    assert [len(x) for x in (row.response_index, row.sequence_ids, row.sequences, row.flat)] == [
-        0
-    ] * 4
+    for empty in (row.response_index, row.sequence_ids, row.sequences, row.flat):
+        assert len(empty) == 0
     logprobs, entropy = row_logprobs(policy, row, 1.0)
     assert logprobs.shape == entropy.shape == (0,)
     logprobs.square().sum().backward()

@@ -148,9 +148,8 @@ def regression(log_ratios, targets):
 
 
 def pg(log_ratios, targets):
-    return -torch.min(
-        log_ratios.exp() * targets, log_ratios.exp().clamp(0.8, 1.28) * targets
-    ).mean()
+    ratios = log_ratios.exp()
+    return -torch.min(ratios * targets, ratios.clamp(0.8, 1.28) * targets).mean()
 
 
 @pytest.mark.parametrize("objective", [regression, pg])
@@ -163,10 +162,8 @@ def test_stage_2(objective, rollouts, model_folders, ranks, tmp_path, monkeypatc
     arrays = {"signal": signal, "base_logprobs": base, "behavior_logprobs": base.clone()}
     model = {"path": base_folder, "fingerprint": common.fingerprint(Path(base_folder))}
     metadata = {"rollouts": common.fingerprint(rollouts.path), "models": {"base": model}}
-    signals, flags = (
-        tmp_path / "signals.safetensors",
-        {"init": start, "kl_coef": 0.01, "warmup_steps": 3} | STEPS,
-    )
+    signals = tmp_path / "signals.safetensors"
+    flags = {"init": start, "kl_coef": 0.01, "warmup_steps": 3} | STEPS
     args = stage2.Args(base_folder, rollouts.path.parent, signals, tmp_path / "run", **flags)
     args.objective, args.token_kl, args.kl_every, args.kl_holdout = objective.__name__, 9.0, 3, 0.2
     common.save_tensors(signals, arrays, metadata)
@@ -207,4 +204,3 @@ def test_unlearning_stops_at_its_depth(model_folders, rollouts, tmp_path):
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert len(lines) == 1 and json.loads(lines[0])["logprob"] < -1
     assert (tmp_path / "run/config.json").is_file()
-

@@ -34,12 +34,8 @@ def inputs(log_ratios, rewards, advantages=None, pass_rate=0.25):
     base = double([-0.5 - 0.1 * t for response in log_ratios for t in range(len(response))])
     policy = (base + double(sum(log_ratios, []))).requires_grad_()
     n, lengths = len(log_ratios), torch.tensor([len(response) for response in log_ratios])
-    ids, verdicts, rates = (
-        torch.arange(n).repeat_interleave(lengths),
-        double(rewards),
-        [pass_rate] * n,
-    )
-    per_response = verdicts, double(advantages or [0.0] * n), double(rates), verdicts
+    ids, rates = torch.arange(n).repeat_interleave(lengths), double([pass_rate] * n)
+    per_response = double(rewards), double(advantages or [0.0] * n), rates, double(rewards)
     return LossInputs(policy, base, torch.zeros_like(base), ids, *per_response)
 
 

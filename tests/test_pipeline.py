@@ -22,6 +22,7 @@ import stage1_extreme
 import stage2_distill
 
 RANKS = [common.Ranks(rank, 2, tiny.CPU) for rank in (0, 1)]
+SAMPLES = ["rollouts.safetensors", "samples.jsonl", "problems.jsonl", "metrics.json"]
 RUN = ["model.safetensors", "config.json", "metrics.jsonl"]  # equal for equal runs
 
 
@@ -165,9 +166,10 @@ def test_files_between_the_stages(chain):
     rollouts = common.load_rollouts(chain / "rollouts")
     samples = evaluate.read_jsonl(chain / "rollouts" / "samples.jsonl")
     assert [row["reward"] for row in samples] == rollouts.rewards.tolist()
-    bos = rollouts.tokens == common.load_tokenizer(str(chain / "base")).bos_token_id
-    if bos.any():  # one, where a prompt begins
-        assert torch.equal(bos.nonzero()[:, 0], rollouts.cu_seqlens[:-1])
+    tokenizer = common.load_tokenizer(str(chain / "base"))
+    if tokenizer.bos_token:  # one, where a prompt begins
+        places = (rollouts.tokens == tokenizer.bos_token_id).nonzero()[:, 0]
+        assert torch.equal(places, rollouts.cu_seqlens[:-1])
     kept = [common.load_tensors(p)[1]["name"] for p in (chain / "rollouts/logprobs").iterdir()]
     assert sorted(kept) == [str(chain / "base"), str(chain / "teacher")]
     arrays, metadata = common.load_tensors(chain / "signals.safetensors")

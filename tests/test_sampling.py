@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_pipeline as pipeline
 import tiny
 import torch
 
@@ -30,12 +31,8 @@ def command(output, **changed):
 
 def start(args, **environment):
     """evaluate.py in a process of its own."""
-    flags = []
-    for field in dataclasses.fields(args):
-        if (value := getattr(args, field.name)) != field.default:
-            flags.append(f"--{field.name.replace('_', '-')}={value}")
     return subprocess.Popen(
-        [sys.executable, ROOT / "evaluate.py", *flags],
+        [sys.executable, ROOT / "evaluate.py", *pipeline.flags(args)],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -45,8 +42,7 @@ def start(args, **environment):
 
 def same_files(a, b):
     assert sorted(p.name for p in a.iterdir()) == sorted(p.name for p in b.iterdir())
-    for name in ("problems.jsonl", "samples.jsonl", "rollouts.safetensors", "metrics.json"):
-        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    pipeline.assert_same_files(a, b, pipeline.SAMPLES)
 
 
 def grade_here(checks, *_):
@@ -178,16 +174,14 @@ def test_metrics_with_a_base(tmp_path, whole, capsys):
     assert table["metrics"]["kl"][0] > 0
     rows = evaluate.read_jsonl(tmp_path / "run" / "samples.jsonl")
     assert table["unanswered"] == sum(row["answer"] is None for row in rows)
-    stopped = [row["verdict"] in ("unreadable", "failed") for row in rows if not cut(row)]
+    stopped = [
+        row["verdict"] in ("unreadable", "failed") for row in rows if row["finish_reason"] == "stop"
+    ]
     assert table["metrics"]["unparsed"][0] == pytest.approx(sum(stopped) / len(rows))
     page = (ROOT / "docs" / "evaluate.md").read_text()
     assert all(f"`{name}`" in page for name in (*keys, *names) if "@" not in name)
     printed = capsys.readouterr().out
     assert all(f"\n  {name} " in printed for name in names)
-
-
-def cut(row):
-    return row["finish_reason"] == "length"
 
 
 def test_the_model_may_be_its_own_base(tmp_path, whole):
@@ -235,4 +229,3 @@ def test_shards_started_at_once_and_merged_equal_one_process(tmp_path, whole):
         assert "is sampled" in printed
     evaluate.main(command(run))
     same_files(whole, run)
-

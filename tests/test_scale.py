@@ -27,7 +27,6 @@ import common
 import evaluate
 
 ROOT = Path(common.__file__).parent
-SAMPLES = ["rollouts.safetensors", "samples.jsonl", "problems.jsonl", "metrics.json"]
 
 
 @pytest.fixture(scope="module")
@@ -234,4 +233,4 @@ def test_killed_runs_end_with_the_same_bytes(one, two, tmp_path, llama, model_fo
         for name in ("teacher", "student"):
             assert_same_files(expected / name, tmp_path / str(n_ranks) / name)
     assert_same_files(one, tmp_path / "1", ["signals.safetensors", "signals.json"])
-    assert_same_files(one / "samples", samples.output, SAMPLES)
+    assert_same_files(one / "samples", samples.output, pipeline.SAMPLES)

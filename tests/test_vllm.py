@@ -214,9 +214,7 @@ def test_killed_and_continued_ends_with_the_same_set(folder, sampled):
     # A response hangs on its own seed: float32 sums in another order change one only rarely.
     pairs = zip(responses(sampled), responses(again), strict=True)
     assert np.mean([a == b for a, b in pairs]) > 0.99
-    for unit, tensors in zip(
-        finished, stored, strict=True
-    ):  # prompts rise in length: unit i is p i
+    for unit, tensors in zip(finished, stored, strict=True):  # unit i is p i: prompts get longer
         tokens = [token for row in responses(again)[unit * N : (unit + 1) * N] for token in row]
         assert tokens == tensors["tokens"].tolist()
     gap = again.sampler_logprobs - our_logprobs(folder, again, 0.8)

@@ -249,6 +249,11 @@ def test_collect_metrics():
     errors = {name: error for name, (_, error) in metrics.items()}
     assert errors["accuracy"] == pytest.approx(np.std([2 / 3, 1 / 3], ddof=1) / 2**0.5)
     assert errors["base_accuracy"] == pytest.approx(0)
+    # Draws of the first problem alone, of both, and of the second alone, where it is undefined.
+    by_firsts = {2: math.log(2) / 3, 1: values["kl_efficiency"]}
+    firsts = (evaluate.bootstrap_draws(2) == 0).sum(1).tolist()
+    known = [by_firsts[n] for n in firsts if n > 0]
+    assert errors["kl_efficiency"] == pytest.approx(np.std(known, ddof=1), rel=1e-5)
     # Ratio of sums: each problem has residuals (T - m C) of its own count of correct responses.
     residual = np.array([6 - 8 / 3 * 2, 2 - 8 / 3 * 1])
     assert errors["length_correct"] == pytest.approx((2 * (residual**2).sum()) ** 0.5 / 3)

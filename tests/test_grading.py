@@ -228,6 +228,16 @@ def test_a_pair_that_is_late_does_not_take_its_neighbors_along(monkeypatch, rank
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the limit is Linux's")
+def test_the_limit_is_two_gibibytes_beyond_the_address_space_at_first():
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        pytest.skip("Linux alone tells what a process has")
+    evaluate.memory_limit.cache_clear()
+    limit = evaluate.memory_limit()
+    [size] = [int(x.split()[1]) for x in status.read_text().splitlines() if x.startswith("VmSize")]
+    assert limit - 1024 * size == pytest.approx(2**31, rel=0.01)
+
+
 def test_a_pair_may_take_its_memory_and_no_more(monkeypatch, ranks):
     """What earlier answers left behind is nobody's fault: the last try has a fresh process."""
     monkeypatch.setattr(evaluate, "grade_task", strange_task)

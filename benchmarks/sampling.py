@@ -100,7 +100,9 @@ def run_bare(llm: Any, prompts: list[list[int]], run: evaluate.Args) -> int:
 def run_evaluate(llm: Any, run: evaluate.Args, output: Path) -> int:
     """Runs evaluate.py with a started engine and returns the number of tokens."""
     run.output = output
-    llm.llm_engine.engine_core.shutdown = lambda *_: None  # it is used again
+    # The engine is used again: it is neither started nor ended by evaluate.py.
+    llm.llm_engine.engine_core.shutdown = lambda *_: None
+    sys.modules["vllm.distributed"].cleanup_dist_env_and_memory = lambda: None
     evaluate.start_vllm = lambda *_: llm
     evaluate.main(run)
     return int(common.load_rollouts(output).response_lens.sum())

@@ -18,7 +18,7 @@ Reads   a model folder; problems, one {"id", "problem", "answer"} per line; with
 Writes  OUTPUT/ rollouts.safetensors, samples.jsonl (for people), problems.jsonl, metrics.json; with
         --base also kl.safetensors (per response).
 
-When a run was killed, the same command continues it; with hf on a CPU it ends with the same bits.
+When a run was killed, the same command continues it; with hf on a CPU it ends with the same bytes.
 On N GPUs, --shard i/N samples a part on each. The same command without --shard merges the parts.
 
     python evaluate.py --model M --problems train.jsonl --output rollouts --n 16
@@ -419,7 +419,7 @@ def sample_batch(lm: Any, prompts: Prompts, eos: list[int], pad: int, args: Args
 
 def sample_hf(prompts: Prompts, units: Units, args: Args, ranks: Ranks) -> Finished:
     """Yields each unit, a batch, as it is finished. Each batch has a random stream of its own, so
-    its bits do not depend on what was sampled before it."""
+    its tokens do not depend on what was sampled before it."""
     tokenizer, eos = load_tokenizer(args.model), all_eos(args.model)
     lm = load_lm(args.model, ranks.device, compute_dtype(ranks.device), attention="sdpa")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]

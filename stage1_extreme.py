@@ -19,7 +19,7 @@ Reads   --base (a model folder), --rollouts (a folder written by evaluate.py).
 Writes  OUTPUT/ the teacher as a Hugging Face folder, args.json, metrics.jsonl (docs/stage1.md names
         every key), checkpoints/epoch-000.500 ... (loadable models, --save-at) and
         checkpoints/resume-STEP. A killed run is continued by the same command, and on the CPU it
-        ends with the same bits.
+        ends with the same bytes.
 
 The paper's coefficients, the target of its MSE loss and its learning rates are not known to us
 (arXiv 2605.25582). Each default comes from the source that its help text names, or is ours. The

@@ -23,7 +23,7 @@ Reads   --base (a model folder), --rollouts (written by evaluate.py), --signals 
         build_signals.py for the same rollouts).
 Writes  OUTPUT/ the student as a Hugging Face folder, args.json, metrics.jsonl (docs/stage2.md names
         every key) and checkpoints/resume-STEP. A killed run is continued by the same command, and
-        on the CPU it ends with the same bits.
+        on the CPU it ends with the same bytes.
 
 The paper's trust-region rule and the pair of distillation objectives that it compares are not known
 to us (arXiv 2605.25582). Each default comes from the source that its help text names, or is ours.

@@ -35,8 +35,9 @@ def test_flat_is_no_gain_over_two_rounds():
 
 
 # An interpreter that writes down its command line and makes the folder of what it should write.
+# One write a line: several run at a time, and each only appends.
 STUB = """#!/usr/bin/env bash
-printf '%q ' "$@" >> "{log}"; echo >> "{log}"
+printf '%s\\n' "$(printf '%q ' "$@")" >> "{log}"
 while [ $# -gt 1 ]; do if [ "$1" = --output ]; then mkdir -p "$(dirname "$2")"; fi; shift; done
 """
 

@@ -8,7 +8,7 @@ against an unlearned one, or several teachers with weights. One reference serves
 given means the base.
 
 Reads   --rollouts (a folder written by evaluate.py), --base, --teachers, --references, --behavior
-        (model folders).
+        (model folders), --held-out-rollouts (another such folder, of the base on other problems).
 Writes  OUTPUT (signals.safetensors): signal, behavior_logprobs and base_logprobs, aligned with the
         rollouts' tokens and zero on prompts; OUTPUT with suffix .json: the diagnostics that are
         printed. The log-probs of each policy are kept in ROLLOUTS/logprobs/, so that no policy is
@@ -19,14 +19,25 @@ all |signal|, and the tokens with most credit and most blame. Credit AUC, where 
 token is known: how often is that token blamed more than a token before it? (Averaged over wrong
 responses; ties count half; tokens after the mistake are ignored, because they follow from it.)
 
+Forecast: a student that met its targets would be the base with every response re-weighted by
+exp(T), T = sum_t target_t. So the n samples of a problem tell what it would be, before anyone
+trains it:
+
+    w = exp(T) / sum exp(T)      accuracy = sum w R      KL = sum w log(n w)
+
+for the bounds of stage 2 that the flags give, and for a grid of them, of which stage 2 can choose
+(--within-kl, --reach-accuracy). On the problems that stage 1 trained on, a part of a signal is
+memory, so an honest forecast needs --held-out-rollouts: fresh ones, never the test set's.
+
     python build_signals.py --rollouts D --base B --teachers T1 T2 --weights .5 .5 --output F
     torchrun --nproc-per-node 8 -- build_signals.py --rollouts D --base B --teachers T --output F
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +67,18 @@ class Args:
     """w_i of each teacher; default: 1 each"""
     behavior: str | None = None
     """policy that sampled the rollouts; default: the base (round one, and offline)"""
+    held_out_rollouts: Path | None = None
+    """the base's rollouts of problems that no policy trained on, for the forecast; default: none"""
+
+    signal_scale: float = 1.0
+    """factor on the signal, in the forecast only; this and the next three are flags of stage 2"""
+    signal_clip: float = 3.0
+    """c, bound of the scaled signal, nats per token"""
+    signal_floor: float = 0.3
+    """a scaled |signal| below this, nats per token, counts as 0"""
+    token_kl: float = 1.5
+    """delta, nats: a token whose target alone costs more is held at the base"""
+
     micro_batch_tokens: int = 16384
     """token budget of a packed row; changes memory and speed, never the signal"""
     force: bool = False
@@ -76,6 +99,10 @@ class Args:
             raise UserError(f"--output {self.output}: the name must end in .safetensors")
         require(self, "weights", lambda v: all(map(math.isfinite, v)), "finite")
         require(self, "micro_batch_tokens", lambda v: v >= 1, "1 or more")
+        require(self, "signal_clip token_kl", lambda v: v > 0, "above 0 nats")
+        require(self, "signal_scale", math.isfinite, "finite")
+        low_enough = f"0 or more, and at most --signal-clip {self.signal_clip:g}"
+        require(self, "signal_floor", lambda v: 0 <= v <= self.signal_clip, low_enough)
 
     @property
     def pairs(self) -> list[tuple[float, str, str]]:
@@ -135,6 +162,83 @@ def share_that_carries(signal: Tensor, part: float) -> float:
     return ((magnitude.cumsum(0) < part * total).sum() + 1).item() / len(magnitude)
 
 
+def bernoulli_kl(a_logprobs: Tensor, p_logprobs: Tensor) -> Tensor:
+    """Returns d(a || p) in nats of two coins, from log a and log p. An a above 1 counts as 1.
+
+    No distribution that moves a token's probability from p to a costs less. As in stage 2."""
+    log_a, log_p = a_logprobs.clamp(max=-1e-7), p_logprobs.clamp(max=-1e-7)  # log(1 - p) is finite
+    log_not_a, log_not_p = torch.log(-torch.expm1(log_a)), torch.log(-torch.expm1(log_p))
+    # a log(a/p) + (1 - a) log((1 - a)/(1 - p))
+    return log_a.exp() * (log_a - log_p) - torch.expm1(log_a) * (log_not_a - log_not_p)
+
+
+def bounded_target(signal: Tensor, base_logprobs: Tensor, args: Args) -> Tensor:
+    """clip(scale signal, -c, c), and 0 where its size is below the floor or where the step alone
+    costs more than delta: d(base exp(target) || base) > delta. The same function as stage 2's."""
+    target = (args.signal_scale * signal).clamp(-args.signal_clip, args.signal_clip)
+    cost = bernoulli_kl(base_logprobs + target, base_logprobs)
+    return torch.where((target.abs() < args.signal_floor) | (cost > args.token_kl), 0.0, target)
+
+
+def forecast(total: Tensor, rewards: Tensor, problem_index: Tensor) -> Tensor:
+    """What the base is with its responses re-weighted by exp(total); three arguments, [S] each.
+
+    Returns accuracy, KL in nats and effective samples of each problem that has samples: [3, P],
+    float64. Assumes that the normaliser of every prefix is 1. KL stays below log n, accuracy below
+    pass@n."""
+    _, problem, count = problem_index.unique(return_inverse=True, return_counts=True)
+
+    def sums(values: Tensor) -> Tensor:
+        """Sums over the responses to each problem: [S] -> [P]."""
+        return torch.zeros(len(count), dtype=torch.float64).index_add(0, problem, values)
+
+    total = total.double()
+    largest = total.new_full((len(count),), -math.inf).scatter_reduce(0, problem, total, "amax")
+    weight = (total - largest[problem]).exp()
+    w = weight / sums(weight)[problem]
+    kl = sums(torch.special.xlogy(w, w * count[problem]))  # sum w log(n w)
+    return torch.stack([sums(w * rewards), kl, 1 / sums(w.square())])
+
+
+SCALES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0)
+GRID = (SCALES, (2.0, 2.5, 3.0), (0.3, 0.6), (1.5, 5.0))
+BOUNDS = ("signal_scale", "signal_clip", "signal_floor", "token_kl")
+
+
+def forecasts(signal: Tensor, base_logprobs: Tensor, rollouts: Rollouts, args: Args) -> dict:
+    """Forecasts for the bounds of the flags and for those of GRID that nothing beats.
+
+    signal, base_logprobs [N]. A row of the grid is left out where fewer samples are effective than
+    half of those that are right (the estimate has run into its ceiling), and where another row has
+    more accuracy for less KL. The first row is the base. `difference_se` of row i: the standard
+    error over problems of its accuracy minus that of row j, for every j < i."""
+    mask, rewards = rollouts.response_mask, rollouts.rewards.double()
+    ids, signal, base_logprobs = rollouts.sequence_ids[mask], signal[mask], base_logprobs[mask]
+
+    def of(**bounds: float) -> tuple[dict[str, Any], Tensor]:
+        """Returns a row, and the accuracy of every problem [P]."""
+        target = bounded_target(signal, base_logprobs, replace(args, **bounds))
+        total = torch.zeros(len(rewards), dtype=torch.float64).index_add(0, ids, target.double())
+        accuracy, kl, effective = forecast(total, rewards, rollouts.problem_index)
+        means = {"accuracy": accuracy.mean(), "kl": kl.mean(), "effective": effective.mean()}
+        row = {name: getattr(replace(args, **bounds), name) for name in BOUNDS}
+        return row | {name: value.item() for name, value in means.items()}, accuracy
+
+    base = of(signal_scale=0.0)
+    enough = rewards.sum().item() / len(base[1]) / 2  # half of the right samples of a problem
+    grid = (of(**dict(zip(BOUNDS, bounds, strict=True))) for bounds in itertools.product(*GRID))
+    frontier = [base]
+    for row, accuracy in sorted(grid, key=lambda found: found[0]["kl"]):
+        if row["effective"] >= enough and row["accuracy"] > frontier[-1][0]["accuracy"]:
+            frontier.append((row, accuracy))
+    errors = torch.stack([a for _, a in frontier])
+    errors = (errors[:, None] - errors).std(-1) / len(base[1]) ** 0.5  # [rows, rows]
+    for i, (row, _) in enumerate(frontier):
+        row["difference_se"] = errors[i, :i].tolist()
+    given = of()[0] | {"se": (of()[1].std() / len(base[1]) ** 0.5).item()}
+    return {"problems": len(base[1]), "given": given, "frontier": [row for row, _ in frontier]}
+
+
 # --------------------------------------------------------------------------------------------------
 # Data
 
@@ -158,6 +262,40 @@ def is_complete(output: Path, metadata: dict[str, Any], ranks: Ranks) -> bool:
         raise UserError(f"--output {output}: has signals of other inputs; choose another name")
     ranks.print(f"{output} is complete; nothing to do")
     return True
+
+
+def load_held_out(args: Args, rollouts: Rollouts) -> Rollouts:
+    """Loads --held-out-rollouts. Raises UserError if they are not the base's own at the same
+    temperature, or if one of their problems is in the training data."""
+
+    def prompts(data: Rollouts) -> set[tuple[int, ...]]:
+        """Returns the tokens of every prompt."""
+        spans = zip(data.cu_seqlens[:-1].tolist(), data.prompt_lens.tolist(), strict=True)
+        return {tuple(data.tokens[start : start + n].tolist()) for start, n in spans}
+
+    flag, held_out = (
+        f"--held-out-rollouts {args.held_out_rollouts}",
+        load_rollouts(args.held_out_rollouts),
+    )
+    if held_out.metadata.get("model_fingerprint") != fingerprint(model_folder(args.base)):
+        raise UserError(f"{flag}: not sampled from --base {args.base}; sample them from it")
+    if check_sampling(held_out, args.force) != check_sampling(rollouts, args.force):
+        raise UserError(f"{flag}: sampled at another temperature than {args.rollouts}")
+    if shared := len(prompts(held_out) & prompts(rollouts)):
+        raise UserError(
+            f"{flag}: shares {shared} problems with {args.rollouts}; use other problems"
+        )
+    return held_out
+
+
+def weighted_signal(
+    args: Args, roles: dict[str, str], rollouts: Rollouts, ranks: Ranks
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns the signal [N] on some rollouts, and the log-probs [N] of every model there."""
+    # One model in memory at a time.
+    models = dict.fromkeys(roles.values())
+    scored = {m: score(m, rollouts, args.micro_batch_tokens, ranks) for m in models}
+    return combine([(w, scored[t], scored[r]) for w, t, r in args.pairs]), scored
 
 
 def diagnose(signal: Tensor, rollouts: Rollouts, tokenizer: Any) -> dict[str, Any]:
@@ -189,10 +327,33 @@ def print_report(report: dict[str, Any], output: Path, ranks: Ranks) -> None:
     """Prints the diagnostics."""
     ranks.print(f"\n{output}")
     for name, value in report.items():
+        if name.startswith("forecast"):
+            continue
         if name.startswith("most_"):
             value = "  ".join(f"{token!r} {total:+.0f}" for token, total in value)
         text = f"{value:.4f}" if isinstance(value, float) else "n/a" if value is None else value
         ranks.print(f"  {name:32s} {text}")
+
+
+def print_forecast(report: dict[str, Any], ranks: Ranks) -> None:
+    """Prints what students would be that met their targets, and warns where that is nothing."""
+    found = report["forecast"]
+    where = "held-out problems"
+    if not found["held_out"]:
+        where = "problems that stage 1 trained on, so partly memory (see --held-out-rollouts)"
+    ranks.print(f"\nforecast of students that meet their targets, on {found['problems']} {where}")
+    ranks.print("  scale   clip  floor  token-kl   accuracy    KL, nats  effective samples")
+    given, frontier = found["given"], found["frontier"]
+    for row in (given, *frontier[:: max(1, len(frontier) // 12)]):  # about twelve of them
+        bounds = "  ".join(f"{row[name]:5g}" for name in BOUNDS)
+        numbers = f"{row['accuracy']:9.3f}  {row['kl']:10.3f}  {row['effective']:17.1f}"
+        ranks.print(f"  {bounds}  {numbers}" + ("  the flags" if row is given else ""))
+    gain = given["accuracy"] - frontier[0]["accuracy"]
+    if gain <= given["se"]:
+        ranks.print(
+            f"warning: with the bounds of the flags the forecast gains {gain:+.3f} over the base, "
+            f"not more than its standard error of {given['se']:.3f}"
+        )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -203,6 +364,7 @@ def main(args: Args) -> None:
     ranks = setup_ranks()
     rollouts = load_rollouts(args.rollouts)
     temperature = check_sampling(rollouts, args.force)
+    held_out = load_held_out(args, rollouts) if args.held_out_rollouts else None
     tokenizer = load_tokenizer(args.base)
     # Which model has which role. A model with several roles is scored once.
     roles = {"base": args.base, "behavior": args.behavior or args.base}
@@ -214,6 +376,8 @@ def main(args: Args) -> None:
         "rollouts": fingerprint(rollouts.path),
         "temperature": temperature,
         "weights": [weight for weight, _, _ in args.pairs],
+        "forecast_for": [fingerprint(held_out.path) if held_out else None]
+        + [getattr(args, name) for name in BOUNDS],
         "models": {
             role: {"path": model, "fingerprint": fingerprint(model_folder(model))}
             for role, model in roles.items()
@@ -222,22 +386,23 @@ def main(args: Args) -> None:
     if is_complete(args.output, metadata, ranks):
         return
 
-    # One model in memory at a time.
-    scored = {
-        m: score(m, rollouts, args.micro_batch_tokens, ranks) for m in dict.fromkeys(roles.values())
-    }
-    signal = combine([(w, scored[t], scored[r]) for w, t, r in args.pairs])
+    signal, scored = weighted_signal(args, roles, rollouts, ranks)
     arrays = {
         "signal": signal,
         "behavior_logprobs": scored[roles["behavior"]].clone(),  # may be the same tensor as below
         "base_logprobs": scored[args.base],
     }
     report = diagnose(signal, rollouts, tokenizer)
+    if held_out:
+        signal, scored = weighted_signal(args, roles, held_out, ranks)
+    report["forecast"] = forecasts(signal, scored[args.base], held_out or rollouts, args)
+    report["forecast"]["held_out"] = held_out is not None
     if ranks.rank == 0:
         write_json(args.output.with_suffix(".json"), report | metadata)
         # The signals come last: a folder that has them is complete.
         save_tensors(args.output, arrays, metadata)
     print_report(report, args.output, ranks)
+    print_forecast(report, ranks)
 
 
 if __name__ == "__main__":

@@ -37,9 +37,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -48,11 +48,14 @@ from torch import Tensor
 from common import (  # isort: skip
     MetricsLog, Policy, Ranks, Rollouts, UserError, check_sampling, check_tokens, epoch_batches,
     fingerprint, load_checkpoint, load_policy, load_rollouts, load_tensors, load_tokenizer,
-    make_optimizer, make_row, means, model_folder, optimizer_step, pack, progress, require,
-    row_logprobs, run, save_checkpoint, save_model, setup_ranks, start_run, sum_and_count, take,
+    make_optimizer, make_row, means, model_folder, optimizer_step, pack, progress, read_json,
+    require, row_logprobs, run, save_checkpoint, save_model, setup_ranks, start_run,
+    sum_and_count, take,
 )  # fmt: skip
 
 LOG_RATIO_CLAMP = 20.0  # inside exp only: exp(20) is finite in float32; beyond it no gradient
+SPENDS_TOO_MUCH = 1.25  # times the KL that the targets need
+BOUNDS = ("signal_scale", "signal_clip", "signal_floor", "token_kl")
 
 
 @dataclass
@@ -68,16 +71,20 @@ class Args:
     init: str | None = None
     """policy to start from instead of the base (targets, ratios and KL stay against the base)"""
 
-    objective: Literal["regression", "pg"] = "regression"
+    objective: Literal["regression", "generalized_kl", "pg"] = "regression"
     """objective, see the top of this help"""
     signal_scale: float = 1.0
     """factor on the signal (lambda of G-OPD, whose scripts use 1 and 1.25)"""
-    signal_clip: float = 2.0
-    """c, bound of the scaled signal, nats per token (2: ours; the arithmetic example: 2.5 and 3)"""
-    signal_floor: float = 0.0
-    """a scaled |signal| below this, nats per token, counts as 0 (0: off; arithmetic: 0.5 to 1.5)"""
-    token_kl: float = 0.2
+    signal_clip: float = 3.0
+    """c, bound of the scaled signal, nats per token (ours)"""
+    signal_floor: float = 0.3
+    """a scaled |signal| below this, nats per token, counts as 0 (0: off; ours)"""
+    token_kl: float = 1.5
     """delta, nats: a token whose target alone costs more is held at the base (inf: off; ours)"""
+    within_kl: float | None = None
+    """choose the four bounds above: the largest forecast accuracy within this KL, nats"""
+    reach_accuracy: float | None = None
+    """choose the four bounds above: the least forecast KL that reaches this accuracy"""
     clip_low: float = 0.2
     """eps_low of pg: ratios are clipped at 1 - eps_low (0.2: PPO)"""
     clip_high: float = 0.28
@@ -129,7 +136,10 @@ class Args:
         at_least_0 = "signal_floor kl_coef weight_decay warmup_steps clip_high prob_mask"
         require(self, at_least_0, lambda v: 0 <= v < math.inf, "0 or more, and finite")
         require(self, "clip_low", lambda v: 0 <= v <= 1, "between 0 and 1")
-        require(self, "kl_holdout", lambda v: 0 < v < 1, "between 0 and 1")
+        require(self, "kl_holdout reach_accuracy", lambda v: 0 < v < 1, "between 0 and 1")
+        require(self, "within_kl", lambda v: 0 < v < math.inf, "above 0 nats, finite")
+        if self.within_kl is not None and self.reach_accuracy is not None:
+            raise UserError("--reach-accuracy: not together with --within-kl; drop one")
         require(self, "signal_scale", math.isfinite, "finite")
         low_enough = f"at most --signal-clip {self.signal_clip:g}, else no target is left"
         require(self, "signal_floor", lambda v: v <= self.signal_clip, low_enough)
@@ -197,6 +207,14 @@ def regression_loss(x: DistillInputs, args: Args) -> LossOutput:
     return (x.log_ratio - x.target).square().sum(), {}
 
 
+def generalized_kl_loss(x: DistillInputs, args: Args) -> LossOutput:
+    """exp(target)(target - log_ratio) - exp(target) + exp(log_ratio): the KL of base exp(target) to
+    the policy, as of measures that need not sum to 1. On tokens that the base sampled, the policy
+    that minimises it is base exp(target) / Z; squared error has another optimum unless Z is 1."""
+    weight = safe_exp(x.target)  # [R]
+    return (weight * (x.target - x.log_ratio) - weight + safe_exp(x.log_ratio)).sum(), {}
+
+
 def pg_loss(x: DistillInputs, args: Args) -> LossOutput:
     """-min(r A, clip(r) A) with A = target and r to the behavior policy."""
     ratio = safe_exp(x.policy_logprobs - x.behavior_logprobs)  # [R], 1 before the first step
@@ -213,8 +231,28 @@ def pg_loss(x: DistillInputs, args: Args) -> LossOutput:
 # The loop divides each sum by the response tokens of the global batch.
 OBJECTIVES: dict[str, Callable[[DistillInputs, Args], LossOutput]] = {
     "regression": regression_loss,
+    "generalized_kl": generalized_kl_loss,
     "pg": pg_loss,
 }
+
+
+def forecast(total: Tensor, rewards: Tensor, problem_index: Tensor) -> Tensor:
+    """What the base is with its responses re-weighted by exp(total); three arguments, [S] each.
+
+    w = exp(total) / sum exp(total) over the n samples of a problem. Returns accuracy sum w R, KL
+    sum w log(n w) and effective samples 1 / sum w^2 of each problem: [3, P]. As build_signals'."""
+    _, problem, count = problem_index.unique(return_inverse=True, return_counts=True)
+
+    def sums(values: Tensor) -> Tensor:
+        """Sums over the responses to each problem: [S] -> [P]."""
+        return torch.zeros(len(count), dtype=torch.float64).index_add(0, problem, values)
+
+    total = total.double()
+    largest = total.new_full((len(count),), -math.inf).scatter_reduce(0, problem, total, "amax")
+    weight = (total - largest[problem]).exp()
+    w = weight / sums(weight)[problem]
+    kl = sums(torch.special.xlogy(w, w * count[problem]))
+    return torch.stack([sums(w * rewards), kl, 1 / sums(w.square())])
 
 
 @torch.no_grad()
@@ -259,6 +297,43 @@ def load_signals(args: Args, rollouts: Rollouts) -> tuple[Tensor, Tensor, Tensor
     return tuple(arrays)
 
 
+def choose_bounds(args: Args, ranks: Ranks) -> Args:
+    """Takes the bounds from the forecast of build_signals.py, by --within-kl or --reach-accuracy,
+    if one of them is given.
+
+    Of settings whose accuracies are equal within their error, the one of least KL is taken. Raises
+    UserError if the forecast does not reach what is asked, or promises nothing."""
+    if args.within_kl is None and args.reach_accuracy is None:
+        return args
+    report = args.signals.with_suffix(".json")
+    found = read_json(report).get("forecast") if report.is_file() else None
+    if found is None:
+        raise UserError(f"--signals {args.signals}: {report} has no forecast; run build_signals.py")
+    rows = found["frontier"]  # by KL; the base first
+    if args.within_kl is not None:
+        best = [i for i, row in enumerate(rows) if row["kl"] <= args.within_kl][-1]
+    else:
+        reaching = [i for i, row in enumerate(rows) if row["accuracy"] >= args.reach_accuracy]
+        if not reaching:
+            most = f"{rows[-1]['accuracy']:.3f} at {rows[-1]['kl']:.2f} nats"
+            raise UserError(f"--reach-accuracy {args.reach_accuracy}: the forecast ends at {most}")
+        best = reaching[0]
+    top, error = rows[best], rows[best]["difference_se"]
+    chosen = next(
+        row
+        for i, row in enumerate(rows)
+        if i == best or top["accuracy"] - row["accuracy"] <= error[i]
+    )
+    if chosen is rows[0]:
+        raise UserError(
+            f"--signals {args.signals}: promises nothing: its best forecast is "
+            f"{top['accuracy']:.3f}, the base {rows[0]['accuracy']:.3f}, and their difference is "
+            "within its error; build another signal, or sample more"
+        )
+    ranks.print("chosen by forecast: {accuracy:.3f} at {kl:.2f} nats".format(**chosen))
+    return replace(args, **{name: chosen[name] for name in BOUNDS})
+
+
 def print_targets(
     args: Args, signal: Tensor, target: Tensor, rollouts: Rollouts, ranks: Ranks
 ) -> None:
@@ -292,21 +367,60 @@ def split_problems(rollouts: Rollouts, share: float, seed: int) -> tuple[Tensor,
 
 
 @torch.no_grad()
-def measure_kl_proxy(
-    policy: Policy, rollouts: Rollouts, held_out: Tensor, base_logprobs: Tensor, args: Args,
-    ranks: Ranks,
-) -> float:  # fmt: skip
-    """Returns the mean over held-out responses of sum_t (r - 1 - log r): KL(base || policy)."""
-    total = torch.zeros((), device=ranks.device)
+def measure(
+    policy: Policy, rollouts: Rollouts, held_out: Tensor, base_logprobs: Tensor, target: Tensor,
+    args: Args, ranks: Ranks,
+) -> tuple[dict[str, float], Tensor]:  # fmt: skip
+    """Measures the student on held-out responses: `compare_with_targets`, and what each entry of
+    the vocabulary costs where it has no target [V], in nats of KL(policy || base) per response."""
+    taken = torch.isin(rollouts.sequence_ids, held_out) & rollouts.response_mask  # [N], H are True
+    place = taken.cumsum(0) - 1  # [N]: of the H tokens
+    log_ratio = torch.zeros(int(taken.sum()), device=ranks.device)
     temperature = check_sampling(rollouts, force=True)
     lengths = rollouts.lengths[held_out].tolist()
     for members in pack(lengths, args.micro_batch_tokens, ranks.world_size)[ranks.rank]:
         row = make_row(rollouts, held_out[members].tolist(), ranks.device)
         base = base_logprobs[row.flat].to(ranks.device)
-        log_ratio = row_logprobs(policy, row, temperature)[0] - base
-        total += kl_penalty(log_ratio, "forward").sum()
-    dist.all_reduce(total)  # each rank has summed its own rows
-    return total.item() / len(held_out)
+        at = place[row.flat].to(ranks.device)
+        log_ratio[at] = row_logprobs(policy, row, temperature)[0] - base
+    dist.all_reduce(log_ratio)  # each rank has filled in its own rows
+    log_ratio, target = log_ratio.cpu(), target[taken]
+    measured = compare_with_targets(log_ratio, target, rollouts, held_out)
+    cost = kl_penalty(log_ratio, "reverse") * (target == 0) / len(held_out)  # [H]
+    return measured, torch.bincount(rollouts.tokens[taken].long(), cost)
+
+
+def compare_with_targets(
+    log_ratio: Tensor, target: Tensor, rollouts: Rollouts, held_out: Tensor
+) -> dict[str, float]:
+    """Compares log-ratios [H] with targets [H], on the response tokens of the held-out responses.
+
+    kl_proxy: the mean of sum_t (r - 1 - log r), KL(base || policy); realised: the slope of the
+    log-ratios on the targets; accuracy and KL of the base's samples re-weighted by the student and
+    by its targets, as in the forecast of build_signals.py."""
+    owner = held_out.repeat_interleave(rollouts.response_lens[held_out])  # [H]
+    measured = {"kl_proxy": kl_penalty(log_ratio, "forward").sum().item() / len(held_out)}
+    power = target.square().sum()
+    measured["realised"] = ((log_ratio * target).sum() / power).item() if power else 0.0
+    rewards, problems = rollouts.rewards[held_out], rollouts.problem_index[held_out]
+    for role, values in [("student", log_ratio), ("target", target)]:
+        total = torch.zeros(len(rollouts.rewards)).index_add(0, owner, values)[held_out]
+        accuracy, kl, _ = forecast(total, rewards, problems).mean(1).tolist()
+        measured |= {f"{role}_accuracy": accuracy, f"{role}_kl": kl}
+    return measured
+
+
+def print_end(measured: dict[str, float], cost: Tensor, tokenizer: Any, ranks: Ranks) -> None:
+    """Says how near the student came to its targets, and which tokens pay where it spends more."""
+    ranks.print(
+        "on held-out problems {realised:.0%} of the targets are realised; forecast of the targets: "
+        "{target_accuracy:.3f} at {target_kl:.2f} nats, of the student as it is: "
+        "{student_accuracy:.3f} at {student_kl:.2f}".format(**measured)
+    )
+    if measured["student_kl"] > SPENDS_TOO_MUCH * measured["target_kl"]:
+        dearest = cost.argsort(descending=True)[:8].tolist()
+        paid = "  ".join(f"{tokenizer.decode([i])!r} {cost[i]:.3f}" for i in dearest)
+        ranks.print(f"warning: more than forecast; tokens that pay without a target, nats: {paid}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -318,6 +432,7 @@ def main(args: Args) -> None:
     rollouts = load_rollouts(args.rollouts)
     temperature = check_sampling(rollouts, args.force)
     behavior_logprobs, base_logprobs, signal = load_signals(args, rollouts)  # [N] each
+    args = choose_bounds(args, ranks)
     target = bounded_target(signal, base_logprobs, args)  # [N]
     trained, held_out = split_problems(rollouts, args.kl_holdout, args.seed)
     steps_per_epoch = math.ceil(len(trained) / args.batch_size)
@@ -333,8 +448,9 @@ def main(args: Args) -> None:
     check_tokens(policy, rollouts, start)
     optimizer = make_optimizer(policy, args.learning_rate, args.weight_decay)
     state = load_checkpoint(args.output, policy, optimizer, ranks) or {"step": 0}
+    watched = (policy, rollouts, held_out, base_logprobs, target, args, ranks)
     if state["step"] == 0:
-        spent = measure_kl_proxy(policy, rollouts, held_out, base_logprobs, args, ranks)
+        spent = measure(*watched)[0]["kl_proxy"]
         if not spent <= args.kl_budget:
             raise UserError(
                 f"--kl-budget {args.kl_budget}: {start} starts at {spent:.3f}; raise it"
@@ -380,8 +496,8 @@ def main(args: Args) -> None:
         values |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
         measured_now = step % args.kl_every == 0 or step == total_steps
         if measured_now:
-            spent = measure_kl_proxy(policy, rollouts, held_out, base_logprobs, args, ranks)
-            values["kl_proxy"] = spent
+            values |= measure(*watched)[0]
+            spent = values["kl_proxy"]
         log.write({"step": step, "epoch": step / steps_per_epoch} | values)
         bar.set_postfix(loss=f"{values['loss']:.3f}", kl=f"{spent:.2f}", refresh=False)
         bar.update()
@@ -396,6 +512,7 @@ def main(args: Args) -> None:
             save_checkpoint(args.output, state, policy, optimizer, ranks)
 
     bar.close()
+    print_end(*measure(*watched), tokenizer, ranks)
     save_model(policy, tokenizer, args.output, ranks)
 
 

@@ -4,6 +4,11 @@
     equal accuracy  KL of the path where it first reaches the student's accuracy / KL of the student
     interval        95 %, by a bootstrap over the problems that all share: each resample holds the
                     same problems for the student, for every point of the path and for the base
+    optimum share   KL of the tilted base at the accuracy of the policy / KL of the policy; only
+                    with at least 32 samples of the base a problem, which give its pass rates
+
+The temperatures of the base (eval/temperature-T, made by examples/temper.py) are one more path: the
+rival that is free.
 
 Reads   RUN/ base/ rollouts/ stage1/* signals/* students/* (what the stages wrote), eval/base eval/*
         (evaluations by evaluate.py), curve/base curve/NAME/epoch-* (evaluations of the checkpoints
@@ -39,6 +44,8 @@ import evaluate
 from common import UserError
 
 SETTINGS = ("temperature", "top_p", "max_new_tokens")  # of the sampling: must be equal to compare
+TEMPERATURE = "temperature-"  # what the name of an evaluation of a tempered base begins with
+BASE_SAMPLES = 32  # of a problem: with fewer, its pass rate is too uncertain for the optimum share
 METRICS = ("accuracy", "pass@8", "kl", "k1", "kl_efficiency", "entropy", "mean_length", "truncated")
 RECIPE = ("loss", "objective", "invert_rewards", "unlearn", "epochs", "learning_rate", "kl_coef")
 RECIPE += ("signal_scale", "signal_clip", "signal_floor", "token_kl", "kl_budget")
@@ -75,6 +82,21 @@ def tilted_optimum(base_pass_rates: Tensor, etas: Tensor) -> tuple[Tensor, Tenso
     kl = torch.special.xlogy(a, a) - torch.special.xlogy(a, p)
     kl = kl + torch.special.xlogy(1 - a, 1 - a) - torch.special.xlogy(1 - a, 1 - p)
     return a.mean(1), kl.mean(1)
+
+
+def tilted_kl_at(base_pass_rates: Array, weights: Array, accuracy: Array) -> Array:
+    """Finds the KL of the tilted base that has a given accuracy, in every resample of the problems.
+
+    base_pass_rates [P], weights [B, P], accuracy [B] -> [B]; nan where no tilt reaches it."""
+    p, share = base_pass_rates[None], weights / weights.sum(1, keepdims=True)
+    low, high = np.zeros((len(weights), 1)), np.full((len(weights), 1), 40.0)
+    for _ in range(50):  # bisection of eta: the accuracy rises with it
+        eta = (low + high) / 2
+        a = p * np.exp(eta) / (p * np.exp(eta) + 1 - p)
+        above = (share * a).sum(1, keepdims=True) > accuracy[:, None]
+        low, high = np.where(above, low, eta), np.where(above, eta, high)
+    kl = (share * evaluate.least_kl(torch.tensor(a), torch.tensor(p)).numpy()).sum(1)
+    return np.where(eta[:, 0] < 39, kl, np.nan)
 
 
 def bootstrap_weights(n_problems: int, resamples: int, seed: int) -> Array:
@@ -201,6 +223,11 @@ class Evaluation:
         return values.numpy()
 
 
+def is_tempered(evaluation: Evaluation) -> bool:
+    """Returns whether it is the base at a temperature."""
+    return evaluation.name.startswith(TEMPERATURE)
+
+
 def load_evaluation(folder: Path, name: str) -> Evaluation:
     """Reads a finished evaluation folder. Raises UserError where a file is missing or broken."""
     summary = common.read_json(folder / "metrics.json")
@@ -219,7 +246,7 @@ def load_evaluation(folder: Path, name: str) -> Evaluation:
     return Evaluation(name, folder, summary, keys, correct, count, kl, kl_count)
 
 
-Paths = dict[str, dict[float, Evaluation]]  # {stage-1 run: {epoch: its checkpoint}}
+Paths = dict[str, dict[float, Evaluation]]  # {stage-1 run: {epoch: its checkpoint}}, and tempered
 
 
 def load_run(run: Path) -> tuple[dict[str, Evaluation], Paths]:
@@ -249,6 +276,13 @@ def load_run(run: Path) -> tuple[dict[str, Evaluation], Paths]:
         point = load_evaluation(file.parent, name)
         if point.kl is not None:
             paths.setdefault(name, {})[epoch] = point
+    tempered = {
+        float(name.removeprefix(TEMPERATURE)): e
+        for name, e in evaluations.items()
+        if name.startswith(TEMPERATURE)
+    }
+    if tempered:
+        paths["temperature"] = dict(sorted(tempered.items(), reverse=True))  # from 1 down
     for other in [*evaluations.values(), *(e for path in paths.values() for e in path.values())]:
         check_same_setting(evaluations["base"], other)
     return evaluations, paths
@@ -264,7 +298,25 @@ def check_same_setting(base: Evaluation, other: Evaluation) -> None:
             )
 
 
-def policy_row(evaluation: Evaluation, run: Path) -> dict[str, Any]:
+def optimum_share(evaluation: Evaluation, base: Evaluation) -> dict[str, float | None]:
+    """Returns the optimum share and its standard error, by bootstrap over problems.
+
+    None where the base has too few samples, or where the policy is not better than the base."""
+    values = np.full(2, math.nan)
+    if evaluation.kl is not None and base.count.min() >= BASE_SAMPLES:
+        shared = shared_problems([evaluation, base])
+        weights = bootstrap_weights(len(shared), 400, 0)
+        accuracy, kl = resampled_policy(evaluation, shared, weights)
+        rates = (base.correct / base.count)[base.places(shared)]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            values = tilted_kl_at(rates, weights, accuracy) / kl
+        better = accuracy > resampled_policy(base, shared, weights)[0]
+        values = np.where(better, values, math.nan)
+    error = float(np.nanstd(values)) if math.isfinite(values[0]) else math.nan
+    return finite({"optimum_share": float(values[0]), "optimum_share_se": error})
+
+
+def policy_row(evaluation: Evaluation, base: Evaluation, run: Path) -> dict[str, Any]:
     """Makes the line of one evaluation in summary.json; what was not measured is None."""
     source = evaluation.source
     row: dict[str, Any] = {"name": evaluation.name, "label": label(evaluation.name)}
@@ -273,6 +325,7 @@ def policy_row(evaluation: Evaluation, run: Path) -> dict[str, Any]:
         value, error = evaluation.summary["metrics"].get(name, (None, None))
         name = name.replace("@", "_at_")
         row |= {name: value, f"{name}_se": error}
+    row |= optimum_share(evaluation, base)
     if evaluation.name == "base":
         row |= {"kind": "base", "kl": 0.0, "kl_se": 0.0}
     row |= {"problems": len(evaluation.problems), "samples": int(evaluation.count.min())}
@@ -371,7 +424,7 @@ def compare(evaluations: dict[str, Evaluation], paths: Paths, args: Args) -> lis
             if run != "base":
                 path = [base, *points.values()]
                 rows.append(compare_with_path(student, path, args.resamples, args.seed))
-        others = [e for e in evaluations.values() if e is not student]
+        others = [e for e in evaluations.values() if e is not student and not is_tempered(e)]
         rows += [compare_with_policy(student, e, args.resamples, args.seed) for e in others]
     return rows
 
@@ -453,6 +506,7 @@ def figure_accuracy_kl(
     """Draws accuracy against KL: paths of stage 1, evaluations with errors, and the limits."""
     figure, ((axes,),) = drawing.panels(1, 1, (9, 5.8))
     measured = [e for e in evaluations.values() if e.kl is not None and e.name != "base"]
+    measured = [e for e in measured if not is_tempered(e)]  # they are a path
     on_paths = [e for name, path in paths.items() if name != "base" for e in path.values()]
     largest = max([1.0, *(e.metric("kl") for e in measured + on_paths)])
     drawing.kl_axis(axes, largest)
@@ -469,7 +523,8 @@ def figure_accuracy_kl(
         axes.plot(*np.array(points).T, color=colours[name], marker="o", ms=3.5, ls="")
         obstacles.append(line)
         if name not in evaluations:  # else the marker of the evaluation names the line
-            labels.append((*points[-1], f"{label(name)} path", colours[name]))
+            what = "lower temperature" if name == "temperature" else f"{label(name)} path"
+            labels.append((*points[-1], what, colours[name]))
     for e in [evaluations["base"], *measured]:
         labels.append(draw_policy(axes, e, colours))
     place_labels(axes, labels[::-1], np.concatenate(obstacles))
@@ -524,10 +579,14 @@ def figure_dynamics(runs: list[Path], paths: Paths, colours: dict[str, str]) -> 
 def summarize(evaluations: dict[str, Evaluation], paths: Paths, args: Args) -> dict[str, Any]:
     """Collects everything of summary.json."""
     order = {"base": 0, "stage1": 1, "other": 1, "student": 2}
-    policies = [policy_row(e, args.run) for e in evaluations.values()]
+    policies = [policy_row(e, evaluations["base"], args.run) for e in evaluations.values()]
     curve = []
     for run, points in paths.items():
-        curve += [{"run": run, "epoch": t} | policy_row(e, args.run) for t, e in points.items()]
+        at = "temperature" if run == "temperature" else "epoch"
+        curve += [
+            {"run": run, at: t} | policy_row(e, evaluations["base"], args.run)
+            for t, e in points.items()
+        ]
     base = evaluations["base"]
     # The base often has more samples than the policies, for the optimum's curve.
     judged = [int(e.count.min()) for e in evaluations.values() if e is not base]
@@ -565,6 +624,7 @@ def main(args: Args) -> None:
         temporary.write_text(render(run, summary, args.pairs), encoding="utf-8")
     for row in summary["policies"]:
         columns = [("accuracy", 3), ("pass_at_8", 3), ("kl", 2), ("kl_efficiency", 2)]
+        columns.append(("optimum_share", 2))
         cells = [f"{name} {number(row[name], row[f'{name}_se'], d):15s}" for name, d in columns]
         print(f"{row['label']:24s}", *cells)
     print(run / "report.html")

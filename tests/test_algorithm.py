@@ -254,6 +254,21 @@ def test_regression_has_an_end_and_pg_a_speed():
     assert (ends["pg"].exp() > 1.28).all() and (ends["pg"].exp() < 1.32).all()
 
 
+@all_seeds
+def test_a_student_that_meets_normalised_targets_is_forecast_exactly(seed):
+    """Under a uniform base the N responses are N equally likely samples of one problem. Targets
+    that are log-ratios of a policy then forecast that policy's own accuracy and KL."""
+    base = [torch.full([V] * (t + 1), 1 / V).double().log() for t in range(T)]
+    policy, rewards = tree(seed), verdicts(seed)
+    total = (tokens(policy) - tokens(base)).sum(1)
+    whole = tokens(policy).sum(1)
+    for module in (build_signals, stage2):
+        accuracy, paid, effective = module.forecast(total, rewards, torch.zeros(N).int())[:, 0]
+        assert accuracy.item() == pytest.approx((whole.exp() * rewards).sum().item())
+        assert paid.item() == pytest.approx(kl(whole, tokens(base).sum(1)).item())
+        assert effective.item() == pytest.approx(1 / whole.exp().square().sum().item())
+
+
 # --------------------------------------------------------------------------------------------------
 # KL estimators
 

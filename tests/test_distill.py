@@ -10,13 +10,15 @@ import pytest
 import torch
 from test_losses import double
 
+import build_signals
 import common
 import stage1_extreme as stage1
 import stage2_distill as stage2
 from stage2_distill import Args, DistillInputs, bernoulli_kl, bounded_target
 
 PATHS = {"base": "b", "rollouts": Path("r"), "signals": Path("s"), "output": Path("o")}
-VARIANTS = {"regression": {}, "pg": {}, "pg with mask": {"prob_mask": 0.05, "objective": "pg"}}
+VARIANTS = {"regression": {}, "generalized_kl": {}, "pg": {}}
+VARIANTS["pg with mask"] = {"prob_mask": 0.05, "objective": "pg"}
 
 
 def inputs(policy, base, target, behavior=None):
@@ -55,6 +57,36 @@ def test_regression_goes_to_its_target_and_holds_the_base_without_one():
     assert grad == pytest.approx([0.6, -1.6, 0.2, -0.6])  # twice the error
 
 
+def test_generalized_kl_by_its_values():
+    pairs = [(0, 0), (0, 1), (0.5, 1), (1, 1), (0, -2)]  # log-ratio, target
+    x = inputs([d - 1.0 for d, _ in pairs], [-1.0] * 5, [t for _, t in pairs])
+    value, grad = gradient("generalized_kl", x)
+    assert value == pytest.approx(0 + 1 + 0.28958 + 0 + 0.59399, abs=1e-5)
+    assert grad == pytest.approx([0, -1.71828, -1.06956, 0, 0.86466], abs=1e-5)
+
+
+@pytest.mark.parametrize("name, best", [("generalized_kl", 0.7860), ("regression", 0.6880)])
+def test_generalized_kl_ends_at_the_normalised_tilt_and_regression_does_not(name, best):
+    """Two tokens, .35 and .65, targets of normaliser Z = 1.7177: tilted, the first has .7860."""
+    base, target = double([0.35, 0.65]).log(), double([1.35, -0.57])
+    z = (base + target).exp().sum().item()
+    assert (base[0] + target[0]).exp().item() / z == pytest.approx(0.7860, abs=1e-4)
+
+    def mean_loss(first):
+        """Expected loss over tokens that the base samples, and its slope in the logit."""
+        logit = double(math.log(first / (1 - first))).requires_grad_()
+        policy = torch.nn.functional.logsigmoid(torch.stack([logit, -logit]))
+        parts = [v[:, None] for v in (policy, base, base * 0, base, target)]
+        each = (DistillInputs(*(v[i] for v in parts)) for i in range(2))
+        losses = torch.stack([stage2.OBJECTIVES[name](x, Args(**PATHS))[0] for x in each])
+        loss = (base.exp() * losses).sum()
+        return loss.item(), torch.autograd.grad(loss, logit)[0].item()
+
+    assert mean_loss(best - 0.001)[1] < 0 < mean_loss(best + 0.001)[1]
+    if name == "generalized_kl":
+        assert mean_loss(best)[0] == pytest.approx(z * math.log(z) - z + 1, abs=1e-5)
+
+
 def test_pg_clips_only_where_it_would_go_further():
     """By default outside [0.8, 1.28], and only on the side that the target pushes to."""
     ratios, targets = [0.5, 1, 1.25, 1.35, 0.5, 0.85, 1.35, 1], [1.0] * 4 + [-1.0] * 3 + [0.5]
@@ -91,7 +123,7 @@ def test_bounded_target_clips_and_drops_what_is_small():
         (-1.0, 0.0, [2, 1, 0, -0.4, -1, -2]),
         (1.5, 1.5, [-2, -1.5, 0, 0, 1.5, 2]),  # a target of just the floor is kept
     ]:
-        args = Args(**PATHS, signal_scale=scale, signal_floor=floor)
+        args = Args(**PATHS, signal_scale=scale, signal_floor=floor, signal_clip=2.0)
         assert bounded_target(signal, base, args).tolist() == pytest.approx(expected)
 
 
@@ -99,10 +131,10 @@ def test_token_kl_holds_sure_tokens_and_lets_rare_ones_go():
     """The same target: costly where the base is sure, nearly free where the token is rare."""
     base = torch.tensor([0.9999, 0.5, 0.05, 0.9999]).log()
     signal = torch.tensor([-2.0, -2.0, -2.0, 0.0])
-    kept = {0.2: [0, 0, -2, 0], 0.5: [0, -2, -2, 0], math.inf: [-2, -2, -2, 0]}
+    kept = {0.2: [0, 0, -2, 0], 1.5: [0, -2, -2, 0], math.inf: [-2, -2, -2, 0]}
     for delta, expected in kept.items():  # d(.0677 || .5) = .45 nats; d(.0068 || .05) = .03
         assert bounded_target(signal, base, Args(**PATHS, token_kl=delta)).tolist() == expected
-    assert bounded_target(signal, base, Args(**PATHS)).tolist() == kept[0.2]
+    assert bounded_target(signal, base, Args(**PATHS)).tolist() == kept[1.5]
     exact = bernoulli_kl(base[1:2] - 2, base[1:2]).item()
     assert bounded_target(signal, base, Args(**PATHS, token_kl=exact))[1] == -2  # not more than it
 
@@ -127,6 +159,63 @@ def test_bernoulli_kl_is_the_least_of_all_distributions_with_that_token():
     assert (scaled * (scaled / base).log()).sum().item() == pytest.approx(least.item())
 
 
+def test_the_bounds_and_the_forecast_are_those_of_build_signals():
+    """Two copies, one in each file, so that each file reads alone: the code and the text agree."""
+    for name in ("bernoulli_kl", "bounded_target", "forecast"):
+        codes = [getattr(module, name).__code__ for module in (stage2, build_signals)]
+        assert codes[0].co_code == codes[1].co_code and codes[0].co_names == codes[1].co_names
+    for name in stage2.BOUNDS:
+        assert getattr(Args, name) == getattr(build_signals.Args, name)
+    assert stage2.BOUNDS == build_signals.BOUNDS
+
+
+FRONTIER = [  # by KL, the base first; accuracies with the errors of the differences to earlier rows
+    {"accuracy": 0.40, "kl": 0.0, "difference_se": [], "signal_scale": 0.0},
+    {"accuracy": 0.60, "kl": 0.3, "difference_se": [0.02], "signal_scale": 1.0},
+    {"accuracy": 0.80, "kl": 0.7, "difference_se": [0.02, 0.02], "signal_scale": 2.0},
+    {"accuracy": 0.81, "kl": 1.2, "difference_se": [0.02, 0.02, 0.015], "signal_scale": 4.0},
+]
+
+
+def choose(folder, rows, **flags):
+    """What stage 2 chooses from a forecast."""
+    rest = {"signal_clip": 3.0, "signal_floor": 0.5, "token_kl": 1.5}
+    rows = [rest | row for row in rows]
+    common.write_json(folder / "s.json", {"forecast": {"frontier": rows}})
+    args = Args(**(PATHS | {"signals": folder / "s.safetensors"}), **flags)
+    return stage2.choose_bounds(args, common.Ranks(0, 1, torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    "flags, scale",
+    [
+        ({"within_kl": 2.0}, 2.0),  # the last row is better by less than the error, and dearer
+        ({"within_kl": 0.6}, 1.0),
+        ({"reach_accuracy": 0.7}, 2.0),
+        ({"reach_accuracy": 0.81}, 2.0),
+    ],
+)
+def test_bounds_chosen_by_the_forecast(flags, scale, tmp_path, capsys):
+    args = choose(tmp_path, FRONTIER, **flags)
+    assert (args.signal_scale, args.signal_clip, args.signal_floor, args.token_kl) == (
+        scale, 3.0, 0.5, 1.5,
+    )  # fmt: skip
+    assert "chosen by forecast: 0." in capsys.readouterr().out
+
+
+def test_a_forecast_that_promises_nothing_is_refused(tmp_path):
+    poor = [*FRONTIER[:1], FRONTIER[1] | {"accuracy": 0.41}]
+    with pytest.raises(common.UserError, match="promises nothing: its best forecast is 0.410, the"):
+        choose(tmp_path, poor, within_kl=1.0)
+    with pytest.raises(
+        common.UserError, match=r"--reach-accuracy 0\.9: the forecast ends at 0\.81"
+    ):
+        choose(tmp_path, FRONTIER, reach_accuracy=0.9)
+    with pytest.raises(common.UserError, match="s.json has no forecast; run build_signals.py"):
+        args = Args(**(PATHS | {"signals": tmp_path / "x/s.safetensors"}), within_kl=1.0)
+        stage2.choose_bounds(args, None)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_bernoulli_kl_at_the_edges(dtype):
     """Certain and impossible tokens cost a finite number; above 1 counts as just below 1."""
@@ -140,7 +229,7 @@ def test_bernoulli_kl_at_the_edges(dtype):
 
 def test_what_the_targets_keep_is_printed(rollouts, ranks, capsys):
     """Of the response tokens: clipped, kept as it is, held at the base, without signal."""
-    mask, args = rollouts.response_mask, Args(**PATHS, signal_scale=2.0)
+    mask, args = rollouts.response_mask, Args(**PATHS, signal_scale=2.0, signal_clip=2.0)
     places, n = mask.nonzero()[:4, 0], int(mask.sum())
     signal, base = torch.zeros(len(mask)), torch.full((len(mask),), -4.0)
     signal[places] = torch.tensor([-1.5, 0.25, -1.5, 0.0])
@@ -150,7 +239,7 @@ def test_what_the_targets_keep_is_printed(rollouts, ranks, capsys):
     printed = capsys.readouterr().out
     assert f"{2 / n:.1%} of response tokens have one ({1 / n:.1%} down)" in printed
     assert f"{1 / n:.1%} are clipped at 2" in printed
-    assert f"--token-kl 0.2: {1 / n:.1%}" in printed
+    assert f"--token-kl 1.5: {1 / n:.1%}" in printed
 
 
 # --------------------------------------------------------------------------------------------------

@@ -52,12 +52,14 @@ REFUSED = {  # each by itself; a message names one of the flags
     build_signals: """
         --references A A | --weights 1 2 | --weights nan | --output O.pt | --micro-batch-tokens 0
         --teachers A B --references a b c | --teachers A B --weights 1 | --teachers
+        --signal-floor 4 | --signal-floor -1 | --signal-clip 0 | --token-kl 0 | --signal-scale inf
     """,
     stage2_distill: """
         --epochs 0 | --batch-size 0 | --micro-batch-tokens 0 | --kl-every 0 | --learning-rate 0
         --learning-rate inf | --max-grad-norm 0 | --signal-clip 0 | --token-kl 0 | --kl-budget 0
-        --kl-budget nan | --signal-floor -1 | --signal-floor 3 | --kl-coef -1 | --weight-decay -1
+        --kl-budget nan | --signal-floor -1 | --signal-floor 4 | --kl-coef -1 | --weight-decay -1
         --warmup-steps -1 | --clip-high inf | --clip-low 1.5 | --clip-low -0.1 | --kl-holdout 0
+        --within-kl 0 | --reach-accuracy 1 | --within-kl 1 --reach-accuracy 0.5
         --kl-holdout 1 | --signal-scale nan | --prob-mask 0.2 | --objective pg --prob-mask -1
     """,
 }

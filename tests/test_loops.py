@@ -147,12 +147,16 @@ def regression(log_ratios, targets):
     return (log_ratios - targets).square().mean()
 
 
+def generalized_kl(log_ratios, targets):
+    return (targets.exp() * (targets - log_ratios) - targets.exp() + log_ratios.exp()).mean()
+
+
 def pg(log_ratios, targets):
     ratios = log_ratios.exp()
     return -torch.min(ratios * targets, ratios.clamp(0.8, 1.28) * targets).mean()
 
 
-@pytest.mark.parametrize("objective", [regression, pg])
+@pytest.mark.parametrize("objective", [regression, generalized_kl, pg])
 def test_stage_2(objective, rollouts, model_folders, ranks, tmp_path, monkeypatch):
     """Six steps; the behavior policy is the base, as in round one."""
     start, base_folder = model_folders
@@ -166,6 +170,7 @@ def test_stage_2(objective, rollouts, model_folders, ranks, tmp_path, monkeypatc
     flags = {"init": start, "kl_coef": 0.01, "warmup_steps": 3} | STEPS
     args = stage2.Args(base_folder, rollouts.path.parent, signals, tmp_path / "run", **flags)
     args.objective, args.token_kl, args.kl_every, args.kl_holdout = objective.__name__, 9.0, 3, 0.2
+    args.signal_clip, args.signal_floor = 2.0, 0.0
     common.save_tensors(signals, arrays, metadata)
     with_idle_rows(stage2, monkeypatch)
     stage2.main(args)

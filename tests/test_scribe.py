@@ -1,4 +1,4 @@
-"""The arithmetic example: problems, slips, the first wrong character, the kinds of tokens."""
+"""The arithmetic example: problems, habits, the first wrong character, the kinds of tokens."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import re
 import make_base
 import pytest
 import scribe
+import torch
+
+import common
+
+HABITS = scribe.make_habits(0)
 
 
 def problems(n, seed=0):
@@ -33,9 +38,9 @@ def test_train_and_test_are_disjoint():
     assert make_base.make_problems(200, 100, seed=4)[0] != train
 
 
-def test_solutions_without_a_slip_have_no_wrong_character():
+def test_solutions_without_a_mistake_have_no_wrong_character():
     rng = random.Random(0)
-    texts = [scribe.write_solution(problem, rng, slips=0) for problem in problems(300)]
+    texts = [scribe.write_solution(problem, rng, HABITS, mistakes=0) for problem in problems(300)]
     for problem, text in zip(problems(300), texts, strict=True):
         assert scribe.first_wrong_character(problem, text) == -1
         assert text.endswith(f"\\boxed{{{scribe.solve(problem)[-1][2]}}}")
@@ -60,11 +65,11 @@ def test_first_wrong_character(response):
     assert scribe.first_wrong_character("17+5-8=?", response) == FIRST_WRONG[response]
 
 
-def test_the_first_slip_is_the_one_found():
+def test_the_first_mistake_is_the_one_found():
     """On the scribe's own text: everything before the place is a prefix of a right solution."""
     rng, n_wrong = random.Random(1), 0
     for problem in problems(400, seed=1):
-        text = scribe.write_solution(problem, rng)
+        text = scribe.write_solution(problem, rng, HABITS)
         at = scribe.first_wrong_character(problem, text)
         written = list(re.finditer(r"=(\d+|-\d+)", text))
         right = [after for _, _, after in scribe.solve(problem)]
@@ -78,15 +83,40 @@ def test_the_first_slip_is_the_one_found():
     assert n_wrong > 100
 
 
-def test_slip_rates():
-    rng = random.Random(0)
-    for before, operand, rate in [(3, 5, scribe.SLIP_ADDING), (8, -3, scribe.SLIP_SUBTRACTING)]:
+def test_habits_are_a_quarter_of_the_pairs_and_fixed_by_the_seed():
+    numbers = range(scribe.MAX_TOTAL + 1)
+    pairs = {(a, b - a) for a in numbers for b in numbers if a != b}
+    assert len(HABITS) == round(len(pairs) / 4) and HABITS.keys() <= pairs
+    for (before, operand), wrong in HABITS.items():
+        assert wrong in numbers and 1 <= abs(wrong - before - operand) <= 2
+    assert scribe.make_habits(0) == HABITS != scribe.make_habits(1)
+
+
+def test_rates_of_habits_and_slips():
+    rng, (pair, wrong) = random.Random(0), next(iter(HABITS.items()))
+    free = next((a, x) for a in range(9) for x in (1, 2) if (a, x) not in HABITS)
+    for (before, operand), rate in [(pair, scribe.HABIT_CHANCE), (free, scribe.SLIP)]:
         for scale in (1.0, 0.5, 0.0):
-            written = [scribe.slip(before, operand, scale, rng) for _ in range(6000)]
-            slips = [x - before - operand for x in written if x != before + operand]
+            step = (before, operand, rng, HABITS, scale)
+            written = [scribe.result_of_step(*step) for _ in range(6000)]
+            mistakes = [x - before - operand for x in written if x != before + operand]
             error = (rate * (1 - rate) / 6000) ** 0.5
-            assert abs(len(slips) / 6000 - scale * rate) <= 4 * scale * error
-            assert set(slips) == ({-2, -1, 1, 2} if scale else set())
+            assert abs(len(mistakes) / 6000 - scale * rate) <= 4 * scale * error
+            expected = {-2, -1, 1, 2} if before == free[0] else {wrong - sum(pair)}
+            assert set(mistakes) == (expected if scale else set())
+
+
+def test_a_base_that_shows_nothing_is_refused(tmp_path, model_folders, capsys, monkeypatch):
+    args = make_base.Args(tmp_path, tried=4)
+    with pytest.raises(common.UserError, match=r"--seed 0: accuracy of the base: 0\.000, not 0\.4"):
+        make_base.try_base(model_folders[0], args, set(), torch.device("cpu"))
+    rows = [{"problem": "1+1=?", "answer": "2"}] * 3
+    right = torch.tensor([[1.0] * 16, [1.0] * 8 + [0.0] * 8, [0.0] * 16])
+    monkeypatch.setattr(make_base, "sample_verdicts", lambda *_: right[:, : _[3]])
+    monkeypatch.setattr(scribe, "make_problems", lambda *_: rows)
+    with pytest.raises(common.UserError, match=r"pass@16 of the base: 0\.667"):
+        make_base.try_base(model_folders[0], args, set(), torch.device("cpu"))
+    assert "temperature 0.3: accuracy +0.167" in capsys.readouterr().out
 
 
 def test_kinds_of_tokens():
@@ -96,12 +126,12 @@ def test_kinds_of_tokens():
     assert scribe.token_kinds("7+2=9, oh")[-3:] == ["other", "other", "end"]
     rng = random.Random(0)
     for problem in problems(300):
-        kinds = scribe.token_kinds(scribe.write_solution(problem, rng))
+        kinds = scribe.token_kinds(scribe.write_solution(problem, rng, HABITS))
         assert "other" not in kinds and kinds.count("style") == len(scribe.solve(problem)) + 1
 
 
 def test_tokenizer_has_one_token_per_character(tokenizer):
-    text = "7+2=?\n" + scribe.write_solution("7+2=?", random.Random(0))
+    text = "7+2=?\n" + scribe.write_solution("7+2=?", random.Random(0), HABITS)
     ids = tokenizer(text).input_ids
     assert len(ids) == len(text) and tokenizer.unk_token_id not in ids
     assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == text
@@ -109,7 +139,7 @@ def test_tokenizer_has_one_token_per_character(tokenizer):
 
 def test_the_base_learns_solutions_of_other_problems(tokenizer):
     held_out = set(problems(50, seed=9))
-    fresh = make_base.solution_rollouts(tokenizer, random.Random(9), 30, 1.0, held_out)
+    fresh = make_base.solution_rollouts(tokenizer, random.Random(9), 30, HABITS, 1.0, held_out)
     for s in range(30):
         start, end = fresh.cu_seqlens[s : s + 2].tolist()
         text = tokenizer.decode(fresh.tokens[start:end].tolist())

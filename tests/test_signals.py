@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -100,6 +101,66 @@ def test_diagnose_by_hand(tokenizer):
     assert "credit_auc" not in report
     wrong = tiny.make_rollouts("r", sequences, [0.0, 0.0], [0, 0])
     assert build_signals.diagnose(signal, wrong, tokenizer)["auc"] is None
+
+
+def test_forecast_by_hand():
+    """Two problems; the second has one sample, whose weight is 1 whatever its total."""
+    total, rewards = torch.tensor([math.log(3), 900.0, 0.0]), torch.tensor([1.0, 0.0, 0.0])
+    found = build_signals.forecast(total, rewards, torch.tensor([4, 7, 4]))
+    kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    expected = [[0.75, 0.0], [kl, 0.0], [1 / (0.75**2 + 0.25**2), 1.0]]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+    huge = build_signals.forecast(torch.tensor([5e4, -5e4]), torch.ones(2), torch.zeros(2).int())
+    assert huge[:, 0].tolist() == [1, pytest.approx(math.log(2)), 1]
+
+
+def test_the_frontier_is_what_nothing_beats():
+    """Of four responses to a problem two are right; the signal knows which, with some noise."""
+    n = 40
+    rewards = [1.0, 1.0, 0.0, 0.0] * n
+    index = [s // 4 for s in range(4 * n)]
+    rollouts = tiny.make_rollouts("r", [([3], [5, 6, 1])] * (4 * n), rewards, index)
+    generator = torch.Generator().manual_seed(0)
+    signal = torch.randn(len(rollouts.tokens), generator=generator) * 0.1
+    signal += (rollouts.rewards - 0.5)[rollouts.sequence_ids] * 0.4
+    base = torch.full_like(signal, math.log(0.5))
+    args = Args(**PATHS, teachers=("a",))
+    found = build_signals.forecasts(signal, base, rollouts, args)
+    rows = found["frontier"]
+    assert found["problems"] == n and (rows[0]["accuracy"], rows[0]["kl"]) == (0.5, 0)
+    for before, after in zip(rows, rows[1:], strict=False):
+        assert before["kl"] <= after["kl"] and before["accuracy"] < after["accuracy"]
+    assert all(row["effective"] >= 1 for row in rows)  # half of the two that are right
+    assert [len(row["difference_se"]) for row in rows] == list(range(len(rows)))
+    last, mask = rows[-1], rollouts.response_mask
+    bounds = {name: last[name] for name in build_signals.BOUNDS}
+    target = build_signals.bounded_target(signal, base, Args(**PATHS, teachers=("a",), **bounds))
+    total = (target * mask).view(4 * n, 4).sum(1)
+    accuracy = build_signals.forecast(total, rollouts.rewards, rollouts.problem_index)[0]
+    assert last["accuracy"] == pytest.approx(accuracy.mean().item())
+    assert last["difference_se"][0] == pytest.approx(accuracy.std().item() / n**0.5)
+    wrong = build_signals.forecasts(-signal, base, rollouts, args)
+    assert wrong["frontier"] == found["frontier"][:1]  # the base: nothing is better
+
+
+def test_held_out_rollouts_are_checked(tmp_path):
+    folder = tiny.setting()
+    rollouts = common.load_rollouts(folder / "rollouts")
+    args = Args(folder / "rollouts", str(folder / "base"), ("t",), PATHS["output"])
+
+    def error(name, **metadata):
+        """What is said of the same rollouts with other metadata."""
+        path = tmp_path / name / "rollouts.safetensors"
+        tiny.save_rollouts(dataclasses.replace(rollouts, path=path, metadata=metadata))
+        args.held_out_rollouts = path.parent
+        with pytest.raises(common.UserError) as raised:
+            build_signals.load_held_out(args, rollouts)
+        return str(raised.value)
+
+    own = {"model_fingerprint": common.fingerprint(folder / "base")}
+    assert "not sampled from --base" in error("a")
+    assert "another temperature" in error("b", **own, sampling={"temperature": 0.5})
+    assert f"shares {rollouts.problem_index.max() + 1} problems with" in error("c", **own)
 
 
 def test_the_file_has_the_sum_and_names_its_models(tmp_path, ranks, capsys):

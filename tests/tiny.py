@@ -124,14 +124,14 @@ def setting():
 
 def write_rollouts(folder, problems_file, tokenizer):
     """A rollouts folder of the scribe's solutions; every second problem gets both verdicts."""
-    rng = random.Random(0)
+    rng, habits = random.Random(0), scribe.make_habits(0)
     problems = [json.loads(line) for line in problems_file.read_text().splitlines()]
     samples, sequences, rewards, index = [], [], [], []
     for number, row in enumerate(problems):
         prompt = tokenizer.convert_tokens_to_ids([*row["problem"], "\n"])
         for sample in range(N_SAMPLES):
             while True:
-                text = scribe.write_solution(row["problem"], rng)
+                text = scribe.write_solution(row["problem"], rng, habits)
                 right = text.endswith(f"\\boxed{{{row['answer']}}}")
                 if number % 2 or right == (sample % 2 == 0):
                     break

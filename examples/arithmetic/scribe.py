@@ -1,13 +1,15 @@
-"""The noisy scribe, who solves chains of additions and subtractions step by step, with slips.
+"""The scribe, who solves chains of additions and subtractions with habits that are wrong.
 
 A problem is `7+2-5=?`. The scribe writes one step after another and boxes the last result:
 
     so 7+2=9, then 9-5=4, thus \\boxed{4}
 
-Connecting words vary freely, a style that no reward asks to give up. A step is wrong with chance
-SLIP_ADDING or SLIP_SUBTRACTING, and after a slip the scribe goes on from the wrong result. So the
-chance of a correct answer falls with the length of the chain, from about 0.9 to about 0.1. The
-generator knows which token went wrong first.
+Connecting words vary freely, a style that no reward asks to give up. A step is wrong in two ways.
+By *habit*: for HABIT_SHARE of the pairs (number before, operand) the scribe has one fixed wrong
+result, and writes it with chance HABIT_CHANCE, so more often than the right one. By a *slip*: with
+chance SLIP any other step comes out one or two off. After a mistake the scribe goes on from the
+wrong result. So a lower temperature does not help: what is likeliest is often wrong, and only the
+verdicts tell where. The generator knows which token went wrong first.
 """
 
 from __future__ import annotations
@@ -15,14 +17,17 @@ from __future__ import annotations
 import random
 import re
 
-SLIP_ADDING = 0.07
-SLIP_SUBTRACTING = 0.28
+HABIT_SHARE = 0.25
+HABIT_CHANCE = 0.65
+SLIP = 0.05
 MAX_STEPS = 6
 MAX_TOTAL = 9
 CONNECTORS = ("", "so ", "then ")
 SEPARATOR = ", "
 CLOSINGS = ("", "thus ")
 ALPHABET = sorted(set("".join((*CONNECTORS, SEPARATOR, *CLOSINGS)) + "0123456789+-=?\n\\boxed{}"))
+
+Habits = dict[tuple[int, int], int]
 
 PROBLEM = re.compile(r"\d+([+-]\d+)+=\?")
 CONNECTOR = re.compile(f"(?:{'|'.join(CONNECTORS[1:])})?")
@@ -67,21 +72,38 @@ def solve(problem: str) -> list[tuple[int, int, int]]:
     return steps
 
 
-def write_solution(problem: str, rng: random.Random, slips: float = 1.0) -> str:
-    """Writes a worked solution as the scribe does; `slips` scales the chance of each slip."""
+def make_habits(seed: int) -> Habits:
+    """Draws the habits: {(before, operand): the wrong result}, a near miss in 0 ... MAX_TOTAL."""
+    rng, numbers = random.Random(f"habits-{seed}"), range(MAX_TOTAL + 1)
+    pairs = [(before, after - before) for before in numbers for after in numbers if after != before]
+    chosen = rng.sample(pairs, round(HABIT_SHARE * len(pairs)))
+    near = {pair: [x for x in near_misses(sum(pair)) if x in numbers] for pair in chosen}
+    return {pair: rng.choice(results) for pair, results in near.items()}
+
+
+def near_misses(result: int) -> list[int]:
+    """Returns the results that are one or two off."""
+    return [result + off for off in (-2, -1, 1, 2)]
+
+
+def write_solution(problem: str, rng: random.Random, habits: Habits, mistakes: float = 1.0) -> str:
+    """Writes a worked solution as the scribe does; `mistakes` scales the chance of each mistake."""
     steps, text = solve(problem), ""
     total = steps[0][0]
     for _, operand, _ in steps:
-        before, total = total, slip(total, operand, slips, rng)
+        before, total = total, result_of_step(total, operand, rng, habits, mistakes)
         text += f"{rng.choice(CONNECTORS)}{before}{operand:+d}={total}{SEPARATOR}"
     return text + f"{rng.choice(CLOSINGS)}\\boxed{{{total}}}"
 
 
-def slip(before: int, operand: int, slips: float, rng: random.Random) -> int:
-    """Returns before + operand, or a near miss."""
-    after = before + operand
-    chance = slips * (SLIP_ADDING if operand > 0 else SLIP_SUBTRACTING)
-    return after + rng.choice((-2, -1, 1, 2)) if rng.random() < chance else after
+def result_of_step(
+    before: int, operand: int, rng: random.Random, habits: Habits, mistakes: float
+) -> int:
+    """Returns before + operand, the wrong result that is a habit there, or a near miss."""
+    after, habit = before + operand, habits.get((before, operand))
+    if rng.random() >= mistakes * (SLIP if habit is None else HABIT_CHANCE):
+        return after
+    return rng.choice(near_misses(after)) if habit is None else habit
 
 
 def first_wrong_character(problem: str, response: str) -> int:

@@ -86,10 +86,11 @@ from stage2_distill import (
     DistillInputs,
     LossOutput,
     bounded_target,
+    choose_bounds,
     diagnostics,
     kl_penalty,
     load_signals,
-    measure_kl_proxy,
+    measure,
     pg_loss,
     print_targets,
     split_problems,
@@ -106,7 +107,16 @@ class Args(stage2_distill.Args):
     """policy to clone, a folder or hub name; for topk a file written by score_topk.py"""
 
     objective: Literal[
-        "gopd", "trrd", "kdrl", "jsd", "topk", "forward_kl", "reverse_kl", "regression", "pg"
+        "gopd",
+        "trrd",
+        "kdrl",
+        "jsd",
+        "topk",
+        "forward_kl",
+        "reverse_kl",
+        "regression",
+        "generalized_kl",
+        "pg",
     ] = "gopd"
     """objective, see the top of this page"""
     jsd_beta: float = 0.5
@@ -142,7 +152,9 @@ class Args(stage2_distill.Args):
         require(self, "kl_target", lambda v: v > 0, "above 0 nats")
         if self.kl_target is not None and not self.kl_coef:
             raise UserError("--kl-target adapts --kl-coef; start it above 0, for example at 0.01")
-        with_target = ("regression", "pg", "gopd")
+        if clones and (self.within_kl, self.reach_accuracy) != (None, None):
+            raise UserError(f"--objective {self.objective}: has no signals to forecast from")
+        with_target = ("regression", "generalized_kl", "pg", "gopd")
         if self.reanchor and not self.kl_coef and self.objective not in with_target:
             raise UserError(
                 f"--reanchor --objective {self.objective}: nothing in it counts from the base; add "
@@ -324,6 +336,7 @@ def main(args: Args) -> None:
     ranks = setup_ranks()
     rollouts = load_rollouts(args.rollouts)
     temperature = check_sampling(rollouts, args.force)
+    args = choose_bounds(args, ranks)
     arrays = signal_arrays(args, rollouts, ranks)  # Family: {field of Inputs: [N]}
     signal, base_logprobs = arrays.pop("signal"), arrays["base_logprobs"]
     target = arrays["target"] = bounded_target(signal, base_logprobs, args)  # [N]
@@ -342,8 +355,9 @@ def main(args: Args) -> None:
     policy = load_policy(start, ranks, train=True, checkpointing=args.activation_checkpointing)
     optimizer = make_optimizer(policy, args.learning_rate, args.weight_decay)
     state = load_checkpoint(args.output, policy, optimizer, ranks) or {"step": 0}
+    watched = (policy, rollouts, held_out, base_logprobs, target, args, ranks)
     if state["step"] == 0:
-        spent = measure_kl_proxy(policy, rollouts, held_out, base_logprobs, args, ranks)
+        spent = measure(*watched)[0]["kl_proxy"]
         if not spent <= args.kl_budget:
             raise UserError(f"--kl-budget {args.kl_budget}: {start} starts at {spent:.3f} nats")
         ranks.print(f"KL proxy at the start: {spent:.4f} nats per response")
@@ -391,8 +405,8 @@ def main(args: Args) -> None:
         values |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
         measured_now = step % args.kl_every == 0 or step == total_steps
         if measured_now:
-            spent = measure_kl_proxy(policy, rollouts, held_out, base_logprobs, args, ranks)
-            values["kl_proxy"] = spent
+            values |= measure(*watched)[0]
+            spent = values["kl_proxy"]
             kl_coef = values["kl_coef"] = adapted_kl_coef(args, kl_coef, spent)  # Family
         log.write({"step": step, "epoch": step / steps_per_epoch} | values)
         bar.set_postfix(loss=f"{values['loss']:.3f}", kl=f"{spent:.2f}", refresh=False)

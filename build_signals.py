@@ -201,7 +201,7 @@ def forecast(total: Tensor, rewards: Tensor, problem_index: Tensor) -> Tensor:
 
 
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0)
-GRID = (SCALES, (2.0, 2.5, 3.0), (0.3, 0.6), (1.5, 5.0))
+GRID = (SCALES, (2.0, 2.5, 3.0), (0.3, 0.6), (0.5, 1.5))
 BOUNDS = ("signal_scale", "signal_clip", "signal_floor", "token_kl")
 
 

@@ -56,7 +56,7 @@ within() { # within BUDGET NAME FLAGS...: makes a student of the first round's s
   local budget=$1 output=$HERE/students/$2
   shift 2
   student "$RUN/base" "$RUN/rollouts" "$RUN/signals/unlearned.safetensors" "$output" \
-    --kl-budget "$budget" $BUDGETED "$@"
+    $CHOICE --kl-budget "$budget" $BUDGETED "$@"
 }
 reuse_constraint_and_pg() {
   stage1 grpo --loss grpo --learning-rate $GRPO_RATE $REUSE

@@ -1,11 +1,11 @@
 """Evaluates the policies of a run on held-out problems, in one process: libraries load once.
 
-Reads   RUN/base, RUN/test.jsonl, RUN/stage1/*, RUN/students/*.
+Reads   RUN/base, RUN/test.jsonl, RUN/stage1/*, RUN/students/*, RUN/temperature/*.
 Writes  evaluation folders of evaluate.py. What is there already is not made again.
 
-    --what policies     RUN/eval/base, with twice the samples (its pass rates give the optimum's
+    --what policies     RUN/eval/base, with 32 samples a problem (its pass rates give the optimum's
                         curve), RUN/eval/NAME of every stage-1 policy, RUN/eval/student_NAME of
-                        every student
+                        every student, RUN/eval/temperature-T of the base at every temperature
     --what students     RUN/eval/base and the students alone
     --what checkpoints  RUN/curve/base and RUN/curve/STAGE1RUN/EPOCH, the early-stopping curves, on
                         the first --problems problems
@@ -47,8 +47,9 @@ class Args:
 
 
 def policies(run: Path) -> dict[str, Path]:
-    """Returns {evaluation name: model folder} of what the stages ended with."""
-    return {folder.name: folder for folder in sorted(run.glob("stage1/*"))} | students(run)
+    """Returns {evaluation name: model folder} of what the stages ended with, and of the rival."""
+    cooler = {f"temperature-{f.name}": f for f in sorted(run.glob("temperature/*"))}
+    return {f.name: f for f in sorted(run.glob("stage1/*"))} | students(run) | cooler
 
 
 def students(run: Path) -> dict[str, Path]:
@@ -78,7 +79,7 @@ def main(args: Args) -> None:
             evaluate.main(evaluate.Args(str(model), problems, folder / name, **against, **settings))
 
     if args.base_run is None:
-        judge("base", base, 2 * args.n if whole else args.n, None)
+        judge("base", base, 32 if whole else args.n, None)
     part, n_parts = evaluate.parse_shard(args.shard)
     found = {"policies": policies, "students": students, "checkpoints": checkpoints}[args.what]
     for name, model in list(found(args.run).items())[part::n_parts]:

@@ -24,20 +24,21 @@ offline() {
 }
 online() {
   local turn here policy=$HERE/turn1/student
-  student "$RUN/base" "$RUN/rollouts" "$RUN/signals/unlearned.safetensors" "$policy" --epochs 1
+  student "$RUN/base" "$RUN/rollouts" "$RUN/signals/unlearned.safetensors" "$policy" --epochs 1 \
+    $CHOICE
   for ((turn = 2; turn <= TURNS; turn++)); do
     here=$HERE/turn$turn
     mkdir -p "$here"
     cp "$RUN/train.jsonl" "$here/train.jsonl"
     sample "$policy" "$here"
-    signals "$RUN/base" "$here/rollouts" "$RUN/stage1/unlearned" "$here/signals.safetensors" \
-      --behavior "$policy"
+    "$PYTHON" build_signals.py --rollouts "$here/rollouts" --base "$RUN/base" --behavior "$policy" \
+      --output "$here/signals.safetensors" $CONTRAST
     student "$RUN/base" "$here/rollouts" "$here/signals.safetensors" "$here/student" --epochs 1 \
-      --init "$policy"
+      --init "$policy" $(bounds_of "$HERE/turn1/student")
     policy=$here/student
   done
   student "$RUN/base" "$RUN/rollouts" "$RUN/signals/unlearned.safetensors" "$HERE/alternating" \
-    --epochs 1 --init "$HERE/turn$((TURNS - 1))/student"
+    --epochs 1 $CHOICE --init "$HERE/turn$((TURNS - 1))/student"
 }
 
 say "problems, base, its rollouts"

@@ -62,9 +62,11 @@ say "after $((round - 1)) GRPO rounds: $verdict"
 # From here on $here is the folder with the plateau's own rollouts.
 by_the_method() {
   unlearn "$policy" "$here/rollouts" "$HERE/unlearned"
-  signals "$policy" "$here/rollouts" "$HERE/unlearned" "$HERE/signals.safetensors"
+  held_out "$policy" "$HERE"
+  signals "$policy" "$here/rollouts" "$HERE" "$HERE/signals.safetensors" --teachers "$policy" \
+    --references "$HERE/unlearned"
   student "$policy" "$here/rollouts" "$HERE/signals.safetensors" "$HERE/erpd" \
-    --epochs $STUDENT_EPOCHS $LATER
+    --epochs $STUDENT_EPOCHS $LATER $CHOICE
   judge_base "$RUN/eval" "$RUN/test.jsonl"
   judge_policy "$policy" "$JUDGED/plateau"
   judge_policy "$HERE/erpd" "$JUDGED/erpd"

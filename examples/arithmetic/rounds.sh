@@ -23,8 +23,10 @@ later_round() { # later_round FOLDER BASE: FOLDER/train.jsonl is there
   sample "$2" "$1"
   keep_mixed "$1"
   unlearn "$2" "$1/mixed" "$1/unlearned"
-  signals "$2" "$1/mixed" "$1/unlearned" "$1/signals.safetensors"
-  student "$2" "$1/mixed" "$1/signals.safetensors" "$1/student" --epochs $STUDENT_EPOCHS $LATER
+  held_out "$2" "$1"
+  signals "$2" "$1/mixed" "$1" "$1/signals.safetensors" --teachers "$2" \
+    --references "$1/unlearned"
+  student "$2" "$1/mixed" "$1/signals.safetensors" "$1/student" --epochs $STUDENT_EPOCHS $LATER $CHOICE
 }
 
 say "problems, base, its rollouts"

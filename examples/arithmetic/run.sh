@@ -13,77 +13,78 @@ HERE=
 source examples/arithmetic/steps.sh
 
 if [ "$KIND" = quick ]; then
-  CURVE="--problems 16 --n 2"
-  CE="--epochs 2" GENTLE="--epochs 1" SAPO="--epochs 2" ORDINARY="--epochs 1"
+  CURVE="--n 2" TEMPERATURES="0.9 0.6 0.3"
+  CE="--epochs 2" GENTLE="--epochs 1" SAPO="--epochs 2" RIVAL="--epochs 1"
 else
-  CURVE="--problems 256 --n 4"
-  CE="--epochs 4 --save-at 0.5 1 2 3 4"
-  GENTLE="--epochs 3 --save-at 0.5 1 2 3"
-  SAPO="--epochs 3 --save-at 0.5 1 2 3"
-  ORDINARY="--epochs 3 --save-at 0.5 1 2 3"
+  CURVE="--n 2" TEMPERATURES="0.9 0.8 0.7 0.6 0.5 0.4 0.3"
+  CE="--epochs 3 --save-at 1 2 3" SAPO="--epochs 2 --save-at 0.5 1 2"
+  GENTLE="--epochs 3 --save-at 0.5 1 2 3" RIVAL="--epochs 3 --save-at 0.5 1 2 3"
 fi
-# Stage 1. ce has the published beta, weak enough to go far past its best. sapo has a rate that
-# ruins it. The unlearned policy of steps.sh learns inverted verdicts. The rivals, to be beaten at
-# equal KL, are ordinary clipped GRPO, and a CE that is bound enough to be stopped early.
-CE="--loss ce --beta 0.05 --learning-rate 1e-4 $CE"
+# Stage 1. ce is strong and extreme: nats are no object. sapo has a rate that ruins it. The
+# unlearned policy of steps.sh learns inverted verdicts, and so does unlearned_b in another order of
+# the data. The rivals, to be beaten at equal KL: SFT on right responses, ordinary clipped GRPO, MSE
+# and a gentle CE, each stopped early or not. The last rival is free: the base at temperatures.
+CE="--loss ce --beta 0.2 --learning-rate 2e-4 $CE"
 SAPO="--loss sapo --learning-rate 3e-4 $SAPO"
-ORDINARY="$GRPO $ORDINARY"
 GENTLE="--loss ce --beta 0.5 --learning-rate 2e-4 $GENTLE"
-# Stage 2. The ruined teacher blames many tokens that are not guilty, so that floor and token-kl let
-# few of them pass. The unlearned policy was never pushed far: its signal is clean and faint, and is
-# scaled up (steps.sh).
-STRONG="--signal-clip 3 --signal-floor 0.5 --token-kl 0.2 --learning-rate 2e-4"
-RUINED="--signal-clip 3 --signal-floor 1.5 --token-kl 0.15 --learning-rate 2e-4"
+SFT="--loss sft --learning-rate 6e-4 $RIVAL"
+MSE="--loss mse --beta 0.3 --learning-rate 2e-4 $RIVAL"
+ORDINARY="--loss grpo --learning-rate 6e-4 $RIVAL"
 
 stage1() { # stage1 NAME FLAGS...
   local output=$RUN/stage1/$1
   shift
   timed "$output" "$PYTHON" stage1_extreme.py --base "$RUN/base" --rollouts "$RUN/rollouts" \
-    --output "$output" --seed "$SEED" "$@"
+    --output "$output" --seed "$SEED" $QUICKLY "$@"
 }
-from_teacher() { # from_teacher NAME TEACHER FLAGS...: signals, teacher minus base, and distillation
-  local signals=$RUN/signals/$1.safetensors output=$RUN/students/$1 teacher=$RUN/stage1/$2
-  shift 2
-  timed "$signals" "$PYTHON" build_signals.py --rollouts "$RUN/rollouts" --base "$RUN/base" \
-    --teachers "$teacher" --references "$RUN/base" --output "$signals"
-  student "$RUN/base" "$RUN/rollouts" "$signals" "$output" --epochs $STUDENT_EPOCHS "$@"
+distil() { # distil NAME FLAGS...: signals, teacher minus base and other terms, and their student
+  local signals=$RUN/signals/$1.safetensors output=$RUN/students/$1
+  shift
+  signals "$RUN/base" "$RUN/rollouts" "$RUN" "$signals" "$@"
+  student "$RUN/base" "$RUN/rollouts" "$signals" "$output" --epochs $STUDENT_EPOCHS $CHOICE
 }
 
-say "step 0: problems, base, fixed rollouts"
+say "step 0: problems, base, fixed rollouts; base samples of other problems, for the forecasts"
 base_and_rollouts
+held_out "$RUN/base" "$RUN"
 
-extreme_and_gentle() {
+teachers() {
   stage1 ce $CE
-  stage1 ce_gentle $GENTLE
-}
-ruined_ordinary_and_unlearned() {
   stage1 sapo $SAPO
-  stage1 grpo $ORDINARY
-  first_signals
+  both_unlearned
 }
-say "stage 1: a strong teacher, its gentle rival; in the background the ruined, GRPO, the unlearned"
-beside stage1 ruined_ordinary_and_unlearned
-extreme_and_gentle
+rivals() {
+  stage1 ce_gentle $GENTLE
+  stage1 sft $SFT
+  stage1 grpo $ORDINARY
+  stage1 mse $MSE
+}
+say "stage 1: strong, ruined and unlearned policies; in the background the rivals"
+beside stage1 rivals
+teachers
 join
 
-from_strong_and_unlearned() {
-  from_teacher strong ce $STRONG
-  first_student
+strong_and_ruined() {
+  distil strong --teachers "$RUN/stage1/ce"
+  distil ruined --teachers "$RUN/stage1/sapo"
 }
-from_ruined_then_curve() {
-  from_teacher ruined sapo $RUINED
-  "$PYTHON" examples/arithmetic/judge.py --run "$RUN" --what checkpoints --seed "$SEED" $CURVE
-}
-say "signals and stage 2; in the background the ruined teacher's, then all checkpoints of stage 1"
-beside stage2 from_ruined_then_curve
-from_strong_and_unlearned
+say "signals and stage 2; in the background the students of the strong and the ruined teacher"
+beside stage2 strong_and_ruined
+first_signals
+first_student
+distil mixed --teachers "$RUN/stage1/ce" "$RUN/base" "$RUN/base" \
+  --references "$RUN/base" "$U" "${U}_b" --weights 0.25 0.5 0.5
 join
 
 say "evaluation on held-out problems; in the background every second policy"
 judge_base "$RUN/eval" "$RUN/test.jsonl"
+for t in $TEMPERATURES; do
+  "$PYTHON" examples/temper.py --model "$RUN/base" --temperature "$t" --output "$RUN/temperature/$t"
+done
 judge_part() { # judge_part I: every second policy, from the I-th
-  "$PYTHON" examples/arithmetic/judge.py --run "$RUN" --what policies --seed "$SEED" --n $EVAL_N \
-    --base-run "$RUN/eval/base" --shard "$1/2"
+  local flags="--run $RUN --seed $SEED --base-run $RUN/eval/base --shard $1/2"
+  "$PYTHON" examples/arithmetic/judge.py --what policies --n $EVAL_N $flags
+  "$PYTHON" examples/arithmetic/judge.py --what checkpoints $flags $CURVE
 }
 beside judge1 judge_part 1
 judge_part 0

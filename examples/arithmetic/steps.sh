@@ -19,24 +19,23 @@ mkdir -p "$HERE/logs"
 [ -s "$RUN/kind" ] || echo "$KIND" > "$RUN/kind"
 
 if [ "$KIND" = quick ]; then
-  BASE="--train 48 --test 64 --steps 150"
-  TRAIN=48 N=4 EVAL_N=4 STUDENT_EPOCHS=2
+  BASE="--train 48 --test 64 --steps 150 --tried 0"
+  TRAIN=48 N=4 HELD_OUT=16 HELD_OUT_N=4 EVAL_N=4 BASE_N=8 STUDENT_EPOCHS=2
   QUICKLY="--batch-size 48 --warmup-steps 0" # a few steps at least, and larger ones
   UNLEARN_RATE=1e-3 STUDENT_RATE=1e-3 LATER_RATE=1e-3 GRPO_RATE=1e-3 UNLEARN_EPOCHS=1
+  CHOICE="--signal-scale 2" # so little data promises nothing
 else
-  BASE="" TRAIN=512 N=16 EVAL_N=8 STUDENT_EPOCHS=3
+  BASE=""
+  TRAIN=512 N=16 HELD_OUT=128 HELD_OUT_N=32 EVAL_N=8 BASE_N=32 STUDENT_EPOCHS=3
   QUICKLY=""
-  UNLEARN_RATE=2e-4 STUDENT_RATE=3e-4 LATER_RATE=1e-4 GRPO_RATE=2e-4 UNLEARN_EPOCHS=3
+  UNLEARN_RATE=2e-4 STUDENT_RATE=2e-4 LATER_RATE=1e-4 GRPO_RATE=2e-4 UNLEARN_EPOCHS=3
+  CHOICE="--within-kl 1"
 fi
-# The best signal found on seed 0 (docs/family.md): base minus a policy that learnt inverted
-# verdicts by MSE. Its scale makes it blame 1.35 tokens for each wrong response. The first round's
-# scale is about 8; later rounds, in which few responses are wrong, need a smaller one.
+# Base minus a policy that learnt inverted verdicts by MSE. Its scale and bounds are those that the
+# forecast of build_signals.py prefers on base samples of other problems (CHOICE).
 UNLEARN="--loss mse --beta 0.3 --invert-rewards --learning-rate $UNLEARN_RATE $QUICKLY"
 UNLEARN="$UNLEARN --epochs $UNLEARN_EPOCHS"
-BOUNDS="--signal-clip 2.5 --signal-floor 1.5 --token-kl 0.5"
-STUDENT="--signal-scale 1 $BOUNDS --learning-rate $STUDENT_RATE $QUICKLY"
-# If the base is nearly always right, few tokens have a target, and AdamW makes full steps of any
-# gradient: at the first rate the third student of seed 0 moved 0.09 nats and gained nothing.
+STUDENT="--objective generalized_kl --learning-rate $STUDENT_RATE $QUICKLY"
 LATER="--learning-rate $LATER_RATE"
 GRPO="--loss grpo --learning-rate $GRPO_RATE $QUICKLY"
 SAMPLE="--max-new-tokens 128 --seed $SEED"
@@ -55,7 +54,7 @@ timed() { # timed OUTPUT COMMAND...: writes its seconds into HERE/seconds.jsonl 
 
 base_and_rollouts() { # makes RUN/base, RUN/train.jsonl, RUN/test.jsonl, RUN/rollouts
   "$PYTHON" examples/arithmetic/make_base.py --output "$RUN" --seed "$SEED" $BASE
-  sample "$RUN/base" "$RUN"
+  sample "$RUN/base" "$RUN" $N
 }
 TAKEN=("$RUN/train.jsonl" "$RUN/test.jsonl")
 problems() { # problems NAME FILE [N]: makes fresh problems, none that was used before
@@ -63,35 +62,33 @@ problems() { # problems NAME FILE [N]: makes fresh problems, none that was used 
     --n "${3:-$TRAIN}" --seed "$SEED" --without "${TAKEN[@]}"
   TAKEN+=("$2")
 }
-sample() { # sample MODEL FOLDER: samples FOLDER/rollouts and marks the first wrong tokens
+sample() { # sample MODEL FOLDER [N]: samples FOLDER/rollouts and marks the first wrong tokens
   timed "$2/rollouts" "$PYTHON" evaluate.py --model "$1" --problems "$2/train.jsonl" \
-    --output "$2/rollouts" --n $N $SAMPLE
+    --output "$2/rollouts" --n "${3:-$N}" $SAMPLE
   if [ ! -f "$2/annotated" ]; then
     "$PYTHON" examples/arithmetic/annotate.py --rollouts "$2/rollouts"
     touch "$2/annotated"
   fi
 }
+held_out() { # held_out BASE FOLDER: FOLDER/held_out/rollouts, of BASE on problems of their own
+  problems "held-out-$(basename "$2")" "$2/held_out/train.jsonl" $HELD_OUT
+  sample "$1" "$2/held_out" $HELD_OUT_N
+}
 keep_mixed() { # keep_mixed FOLDER: makes FOLDER/mixed of the problems with both verdicts
   [ -f "$1/mixed/rollouts.safetensors" ] ||
     "$PYTHON" examples/family/keep_mixed.py --rollouts "$1/rollouts" --output "$1/mixed"
 }
-unlearn() { # unlearn BASE ROLLOUTS OUTPUT
-  timed "$3" "$PYTHON" stage1_extreme.py --base "$1" --rollouts "$2" --output "$3" --seed "$SEED" \
-    $UNLEARN
+unlearn() { # unlearn BASE ROLLOUTS OUTPUT FLAGS...
+  local base=$1 rollouts=$2 output=$3
+  shift 3
+  timed "$output" "$PYTHON" stage1_extreme.py --base "$base" --rollouts "$rollouts" \
+    --output "$output" --seed "$SEED" $UNLEARN "$@"
 }
-signals() { # signals BASE ROLLOUTS UNLEARNED OUTPUT FLAGS...: base minus unlearned, scaled
-  local plain
-  plain=$(dirname "$4")/plain/$(basename "$4")
-  if [ -e "$plain" ]; then plain_then_scaled "$plain" "$@"
-  else timed "$4" plain_then_scaled "$plain" "$@"; fi
-}
-plain_then_scaled() {
-  local plain=$1 base=$2 rollouts=$3 unlearned=$4 output=$5
-  shift 5
-  "$PYTHON" build_signals.py --rollouts "$rollouts" --base "$base" --teachers "$base" \
-    --references "$unlearned" --output "$plain" "$@"
-  "$PYTHON" examples/family/signals.py --rollouts "$rollouts" --base "$base" --signals "$plain" \
-    --targets-per-wrong 1.35 $BOUNDS --output "$output"
+signals() { # signals BASE ROLLOUTS FOLDER OUTPUT FLAGS...: with a forecast on FOLDER/held_out
+  local base=$1 rollouts=$2 held_out=$3/held_out/rollouts output=$4
+  shift 4
+  timed "$output" "$PYTHON" build_signals.py --rollouts "$rollouts" --base "$base" \
+    --held-out-rollouts "$held_out" --output "$output" "$@"
 }
 student() { # student BASE ROLLOUTS SIGNALS OUTPUT FLAGS...
   local base=$1 rollouts=$2 signals=$3 output=$4
@@ -99,13 +96,26 @@ student() { # student BASE ROLLOUTS SIGNALS OUTPUT FLAGS...
   timed "$output" "$PYTHON" stage2_distill.py --base "$base" --rollouts "$rollouts" \
     --signals "$signals" --output "$output" --seed "$SEED" $STUDENT "$@"
 }
+U=$RUN/stage1/unlearned
+CONTRAST="--teachers $RUN/base $RUN/base --references $U ${U}_b --weights 0.5 0.5"
+both_unlearned() { # learn inverted verdicts, in two orders of the data
+  unlearn "$RUN/base" "$RUN/rollouts" "$U"
+  unlearn "$RUN/base" "$RUN/rollouts" "${U}_b" --seed $((SEED + 100))
+}
 first_signals() { # base minus unlearned on the first rollouts: of run.sh, rounds.sh, online.sh
-  unlearn "$RUN/base" "$RUN/rollouts" "$RUN/stage1/unlearned"
-  signals "$RUN/base" "$RUN/rollouts" "$RUN/stage1/unlearned" "$RUN/signals/unlearned.safetensors"
+  both_unlearned
+  held_out "$RUN/base" "$RUN"
+  signals "$RUN/base" "$RUN/rollouts" "$RUN" "$RUN/signals/unlearned.safetensors" $CONTRAST
 }
 first_student() {
   student "$RUN/base" "$RUN/rollouts" "$RUN/signals/unlearned.safetensors" \
-    "$RUN/students/unlearned" --epochs $STUDENT_EPOCHS
+    "$RUN/students/unlearned" --epochs $STUDENT_EPOCHS $CHOICE
+}
+bounds_of() { # bounds_of STUDENT: the bounds that its run has chosen, as flags
+  "$PYTHON" -c 'import json, sys
+args = json.load(open(sys.argv[1]))["args"]
+for name in ("signal_scale", "signal_clip", "signal_floor", "token_kl"):
+    print("--" + name.replace("_", "-"), args[name])' "$1/args.json"
 }
 link() { # link NAME TARGET: gives a second name to what was made elsewhere
   mkdir -p "$(dirname "$1")"
@@ -118,8 +128,8 @@ judge() { # judge MODEL FOLDER PROBLEMS FLAGS...
   shift 3
   "$PYTHON" evaluate.py --model "$model" --problems "$problems" --output "$output" $SAMPLE "$@"
 }
-judge_base() { # judge_base FOLDER PROBLEMS: twice the samples, as every efficiency needs its rate
-  judge "$RUN/base" "$1/base" "$2" --n $((2 * EVAL_N)) --base "$RUN/base"
+judge_base() { # judge_base FOLDER PROBLEMS: more samples, whose pass rates give the optimum
+  judge "$RUN/base" "$1/base" "$2" --n $BASE_N --base "$RUN/base"
 }
 judge_policy() { # judge_policy MODEL FOLDER: on held-out problems, with the KL from RUN/base
   judge "$1" "$2" "$RUN/test.jsonl" --n "$EVAL_N" --base "$RUN/base" --base-run "$RUN/eval/base"

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,15 +88,16 @@ def tilted_kl_at(base_pass_rates: Array, weights: Array, accuracy: Array) -> Arr
     """Finds the KL of the tilted base that has a given accuracy, in every resample of the problems.
 
     base_pass_rates [P], weights [B, P], accuracy [B] -> [B]; nan where no tilt reaches it."""
-    p, share = base_pass_rates[None], weights / weights.sum(1, keepdims=True)
-    low, high = np.zeros((len(weights), 1)), np.full((len(weights), 1), 40.0)
+    p = base_pass_rates.clip(1e-12, 1 - 1e-12)[None]  # no 0 / 0 below
+    share = weights / weights.sum(1, keepdims=True)
+    low, high = np.zeros((len(weights), 1)), np.full((len(weights), 1), 20.0)
     for _ in range(50):  # bisection of eta: the accuracy rises with it
         eta = (low + high) / 2
         a = p * np.exp(eta) / (p * np.exp(eta) + 1 - p)
         above = (share * a).sum(1, keepdims=True) > accuracy[:, None]
         low, high = np.where(above, low, eta), np.where(above, eta, high)
     kl = (share * evaluate.least_kl(torch.tensor(a), torch.tensor(p)).numpy()).sum(1)
-    return np.where(eta[:, 0] < 39, kl, np.nan)
+    return np.where(eta[:, 0] < 19, kl, np.nan)
 
 
 def bootstrap_weights(n_problems: int, resamples: int, seed: int) -> Array:
@@ -277,9 +278,9 @@ def load_run(run: Path) -> tuple[dict[str, Evaluation], Paths]:
         if point.kl is not None:
             paths.setdefault(name, {})[epoch] = point
     tempered = {
-        float(name.removeprefix(TEMPERATURE)): e
+        float(name.removeprefix(TEMPERATURE)): replace(e, name="temperature")
         for name, e in evaluations.items()
-        if name.startswith(TEMPERATURE)
+        if is_tempered(e)
     }
     if tempered:
         paths["temperature"] = dict(sorted(tempered.items(), reverse=True))  # from 1 down

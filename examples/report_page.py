@@ -79,7 +79,8 @@ def policy_table(summary: dict[str, Any]) -> str:
     rows = []
     for row in summary["policies"]:
         cells = [number(row[k], row[f"{k}_se"]) for k in ("accuracy", "pass_at_8")]
-        cells += [number(row[k], row[f"{k}_se"], 2) for k in ("kl", "kl_efficiency")]
+        spent = ("kl", "kl_efficiency", "optimum_share")
+        cells += [number(row[k], row[f"{k}_se"], 2) for k in spent]
         cells += [number(row["entropy"]), number(row["mean_length"], None, 1)]
         rows.append([row["label"], *cells, recipe_text(row["recipe"])])
     s = summary["settings"]
@@ -89,10 +90,12 @@ def policy_table(summary: dict[str, Any]) -> str:
         f"tokens, sampling seed {s['seed']}; ± is one standard error over problems. The KL is "
         "exact, on the policy's own samples, in nats per response. KL efficiency is the least KL "
         "that buys this accuracy, divided by the KL spent: 1 is the limit, and it is n/a where the "
-        "policy is no better than the base. Entropy is in nats per token, length in tokens."
+        "policy is no better than the base. The optimum share is the KL of the base re-weighted by "
+        "exp(eta R) at the same accuracy, divided by the KL spent; it takes 32 samples of the base "
+        "a problem. Entropy is in nats per token, length in tokens."
     )
     students = [row["kind"] == "student" for row in summary["policies"]]
-    heads = "<policy|accuracy|pass@8|KL|KL efficiency|entropy|length|<training"
+    heads = "<policy|accuracy|pass@8|KL|KL efficiency|optimum share|entropy|length|<training"
     return "<h2>Policies</h2>" + table(heads, rows, note, students)
 
 
@@ -114,10 +117,11 @@ def comparison_tables(summary: dict[str, Any]) -> str:
         point = next(row for row in summary["curve"] if row["run"] != "base")
         heads = "<student|<path|KL|accuracy|path at this KL|difference at equal KL"
         note = (
-            "The path leads from the base through the checkpoints of stage 1 in order of epoch "
-            f"({point['problems']} problems x {point['samples']} samples), linear in KL between "
-            "them. Accuracies and KL here are those on the shared problems. The KL ratio is the KL "
-            "of the path where it first reaches the student's accuracy, divided by that of the "
+            "The path leads from the base through the checkpoints of stage 1 in order of epoch, "
+            f"or through ever lower temperatures ({point['problems']} problems x "
+            f"{point['samples']} samples, the temperatures as above), linear in KL between them. "
+            "Accuracies and KL here are those on the shared problems. The KL ratio is the KL of "
+            "the path where it first reaches the student's accuracy, divided by that of the "
             "student: above 1 the student is cheaper. In brackets is the 95 % interval of a paired "
             f"bootstrap over the shared problems, {summary['settings']['resamples']} resamples."
         )

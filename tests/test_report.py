@@ -17,6 +17,7 @@ import tiny
 import torch
 
 import common
+import evaluate
 
 
 def make_evaluation(folder, model, accuracy, kl, problems=60, n=8, seed=0, temperature=1.0):
@@ -40,9 +41,11 @@ def make_evaluation(folder, model, accuracy, kl, problems=60, n=8, seed=0, tempe
 
 def make_run(run, model):
     """A run folder with a base, one path that peaks and falls, one student and its signal."""
-    make_evaluation(run / "eval/base", "base", 0.5, None)
+    make_evaluation(run / "eval/base", "base", 0.5, None, n=32)
     make_evaluation(run / "eval/ce", "x/stage1/ce", 0.4, 10.0, seed=3)
     make_evaluation(run / "eval/student_strong", "x/students/strong", 0.9, 0.6, seed=4)
+    make_evaluation(run / "eval/temperature-0.9", "x/temperature/0.9", 0.51, 0.1, seed=5)
+    make_evaluation(run / "eval/temperature-0.5", "x/temperature/0.5", 0.55, 0.4, seed=6)
     make_evaluation(run / "curve/base", "base", 0.5, None, problems=30, n=4, seed=1)
     for epoch, accuracy, kl in [(0.5, 0.6, 0.5), (1, 0.7, 1.5), (2, 0.4, 10.0)]:
         folder = run / f"curve/ce/epoch-{epoch:07.3f}"
@@ -96,6 +99,19 @@ def test_tilted_optimum_by_its_definition():
     assert kl.item() == pytest.approx((tilted * (tilted / base).log()).sum(0).mean().item())
 
 
+def test_tilted_kl_at_is_the_inverse_of_the_optimum():
+    rates = torch.tensor([0.2, 0.7, 0.0, 1.0], dtype=torch.float64)
+    accuracy, kl = report.tilted_optimum(rates, torch.tensor([0.5, 3.0]))
+    weights = np.array([[1.0, 1, 1, 1], [2.0, 2, 2, 2]])
+    found = report.tilted_kl_at(rates.numpy(), weights, accuracy.numpy())
+    assert found == pytest.approx(kl.numpy(), abs=1e-6)
+    resample, there = np.array([[0.0, 2, 0, 0]]), np.array([0.9])  # one problem alone: d(a || p)
+    alone = report.tilted_kl_at(rates.numpy(), resample, there)[0]
+    least = evaluate.least_kl(torch.tensor(0.9), torch.tensor(0.7)).item()
+    assert alone == pytest.approx(least, abs=1e-6)
+    assert np.isnan(report.tilted_kl_at(rates.numpy(), weights[:1], np.array([0.9])))  # at most 3/4
+
+
 def test_comparison_is_paired_and_on_shared_problems(tmp_path):
     make_evaluation(tmp_path / "a", "students/a", 0.7, 1.0)
     make_evaluation(tmp_path / "b", "stage1/b", 0.7, 1.0, problems=30, n=4)
@@ -107,13 +123,21 @@ def test_comparison_is_paired_and_on_shared_problems(tmp_path):
     assert row["student_accuracy"] == pytest.approx((a.correct / a.count)[:30].mean())
 
 
-def test_whole_report_and_the_table_over_seeds(tmp_path, model_folders):
+def test_whole_report_and_the_table_over_seeds(tmp_path, model_folders, monkeypatch):
     run = tmp_path / "seed0"
     make_run(run, model_folders[0])
     report.main(report.Args(run, resamples=200))
     summary = common.read_json(run / "summary.json")
-    assert [row["name"] for row in summary["policies"]] == ["base", "ce", "student_strong"]
+    names = ["base", "ce", "temperature-0.5", "temperature-0.9", "student_strong"]
+    assert [row["name"] for row in summary["policies"]] == names
     assert summary["policies"][1]["recipe"] == {"loss": "ce", "epochs": 2}
+    student = summary["policies"][-1]
+    assert 0.5 < student["optimum_share"] < 1 and 0 < student["optimum_share_se"] < 0.2
+    assert summary["policies"][1]["optimum_share"] is None  # no better than the base
+    cooler = [row for row in summary["curve"] if row["run"] == "temperature"]
+    assert [row["temperature"] for row in cooler] == [0.9, 0.5]
+    rivals = {row["against"] for row in summary["comparisons"] if row["kind"] == "path"}
+    assert rivals == {"ce", "temperature"}
     assert summary["signals"][0]["formula"] == "log ce - log base"
     path = next(row for row in summary["comparisons"] if row["kind"] == "path")
     assert path["accuracy_difference_ci"][0] > 0 and path["kl_ratio_reason"] == "never reached"
@@ -121,12 +145,17 @@ def test_whole_report_and_the_table_over_seeds(tmp_path, model_folders):
     assert page.count("data:image/png;base64,") == 2 and "://" not in page
     assert "above the best early-stopping path" in page and 'class="blame" style' in page
 
-    summary["policies"][2]["accuracy"] -= 0.1
+    summary["policies"][-1]["accuracy"] -= 0.1
+    monkeypatch.setattr(seeds, "BEST", "student_strong")
+    monkeypatch.setattr(seeds, "claims", lambda summary: {"above ce, low end": 0.1})
     common.write_json(tmp_path / "seed1/summary.json", summary)
     seeds.main(seeds.Args((run, tmp_path / "seed1"), tmp_path / "results.md"))
     text = (tmp_path / "results.md").read_text()
-    middle = summary["policies"][2]["accuracy"] + 0.05
+    middle = summary["policies"][-1]["accuracy"] + 0.05
     assert f"| student: strong | {middle:.3f} ± {0.1 / 2**0.5:.3f} |" in text
+    found = common.read_json(tmp_path / "results.json")["seeds"]["0"]
+    assert found["above_rivals_at_equal_kl"] is True and found["best_student"] == "student_strong"
+    assert found["policies"] == summary["policies"]
 
     make_evaluation(run / "eval/other", "stage1/other", 0.6, 1.0, temperature=0.7)
     with pytest.raises(common.UserError, match=r"temperature 0\.7, but 1\.0"):

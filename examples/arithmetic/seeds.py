@@ -1,8 +1,9 @@
-"""Averages over seeds what examples/arithmetic/run.sh measured: docs/results.md.
+"""Averages over seeds what examples/arithmetic/run.sh measured: docs/results.md, results.json.
 
 Reads   RUN/summary.json of each run folder.
-Writes  with --output, Markdown tables with the mean over the runs and, behind ±, their standard
-        deviation.
+Writes  OUTPUT.md, Markdown tables with the mean over the runs and, behind ±, their standard
+        deviation; OUTPUT.json, {"seeds": {seed: {"policies", "best_student", "claims",
+        "above_rivals_at_equal_kl"}}}: the rows of summary.json, and what the example is to show.
 
     python examples/arithmetic/seeds.py --runs runs/arithmetic/seed1 runs/arithmetic/seed2
 """
@@ -23,9 +24,14 @@ COLUMNS = {
     "pass_at_8": ("pass@8", "{:.3f}"),
     "kl": ("KL, nats", "{:.2f}"),
     "kl_efficiency": ("KL efficiency", "{:.2f}"),
+    "optimum_share": ("optimum share", "{:.2f}"),
     "entropy": ("entropy", "{:.3f}"),
     "mean_length": ("length", "{:.1f}"),
 }
+
+
+BEST = "student_mixed"  # named on seed 0, before the other seeds were run
+RIVALS = ("sft", "ce_gentle", "mse", "grpo", "sapo", "temperature")  # each stopped early or not
 
 
 @dataclass
@@ -33,7 +39,7 @@ class Args:
     runs: tuple[Path, ...]
     """folders of examples/arithmetic/run.sh"""
     output: Path | None = None
-    """Markdown file to write; default: print only"""
+    """where to write OUTPUT.md and OUTPUT.json; default: print the tables only"""
 
 
 def spread(values: list[float | None], form: str) -> str:
@@ -117,6 +123,56 @@ def ends_table(summaries: list[dict]) -> list[str]:
     return lines
 
 
+def claims(summary: dict) -> dict[str, float | None]:
+    """Measures on one run what the example is to show: {what: value}."""
+    rows = {row["name"]: row for row in summary["policies"]}
+    base, best = rows["base"], rows[BEST]
+    cooler = [row["accuracy"] for name, row in rows.items() if name.startswith("temperature-")]
+    found = {"best temperature: gain": max(cooler, default=0.0) - base["accuracy"]}
+    for row in summary["comparisons"]:
+        if row["student"] == BEST and row["kind"] == "path" and row["against"] in RIVALS:
+            found[f"above {row['against']} at equal KL"] = row["accuracy_difference"]
+            found[f"above {row['against']} at equal KL, low end"] = row["accuracy_difference_ci"][0]
+    found |= {"best student: accuracy": best["accuracy"], "its share": best["optimum_share"]}
+    unlearned = rows["student_unlearned"]
+    found["student of unlearned: accuracy"] = unlearned["accuracy"]
+    found["student of unlearned: share"] = unlearned["optimum_share"]
+    found["ruined teacher: accuracy"] = rows["sapo"]["accuracy"]
+    found["student of ruined: gain"] = rows["student_ruined"]["accuracy"] - base["accuracy"]
+    strong, teacher = rows["student_strong"], rows["ce"]
+    found["student of strong minus its teacher"] = strong["accuracy"] - teacher["accuracy"]
+    found["KL of student of strong / of its teacher"] = strong["kl"] / teacher["kl"]
+    students = [row for row in rows.values() if row["kind"] == "student"]
+    found["lowest pass@8 of a student minus the base's"] = (
+        min(row["pass_at_8"] for row in students) - base["pass_at_8"]
+    )
+    return found
+
+
+def result(summary: dict) -> dict:
+    """Makes what OUTPUT.json has of one run."""
+    found = claims(summary)
+    low = [value for name, value in found.items() if name.endswith("low end")]
+    return {
+        "policies": summary["policies"],
+        "best_student": BEST,
+        "above_rivals_at_equal_kl": bool(low)
+        and all(value is not None and value > 0 for value in low),
+        "claims": found,
+    }
+
+
+def claims_table(summaries: list[dict]) -> list[str]:
+    """Writes one row for each number of `claims`, a column for each run."""
+    found = [claims(summary) for summary in summaries]
+    heads = [f"seed {summary['settings']['seed']}" for summary in summaries]
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for name in found[0]:
+        cells = ["n/a" if row.get(name) is None else f"{row[name]:.3f}" for row in found]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def main(args: Args) -> None:
     summaries = [common.read_json(run / "summary.json") for run in args.runs]
     settings = summaries[0]["settings"]
@@ -126,14 +182,16 @@ def main(args: Args) -> None:
         f"temperature {settings['temperature']}, top-p {settings['top_p']}, at most "
         f"{settings['max_new_tokens']} tokens."
     )
-    tables = (policies_table, signals_table, paths_table, ends_table)
+    tables = (policies_table, claims_table, signals_table, paths_table, ends_table)
     lines = [title, *(line for table in tables for line in ("", *table(summaries)))]
     names = " ".join(run.name for run in args.runs)
     lines += ["", f"Made by `python examples/arithmetic/seeds.py --runs {names}`."]
     text = "\n".join(lines) + "\n"
     if args.output:
-        with common.atomic(args.output) as temporary:
+        with common.atomic(args.output.with_suffix(".md")) as temporary:
             temporary.write_text(text)
+        seeds = {str(summary["settings"]["seed"]): result(summary) for summary in summaries}
+        common.write_json(args.output.with_suffix(".json"), {"seeds": seeds})
     print(text, end="")
 
 

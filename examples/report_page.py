@@ -99,6 +99,18 @@ def policy_table(summary: dict[str, Any]) -> str:
     return "<h2>Policies</h2>" + table(heads, rows, note, students)
 
 
+def spending_table(run: Path) -> str:
+    """Writes where the nats of each policy go, if the example's spending.py has measured it."""
+    if not (run / "spending.json").is_file():
+        return ""
+    found = common.read_json(run / "spending.json")
+    kinds = list(dict.fromkeys(kind for row in found.values() for kind in row))
+    rows = [[label(name), *(number(row.get(k)) for k in kinds)] for name, row in found.items()]
+    students = [name.startswith("student_") for name in found]
+    page = table("|".join(["<policy", *kinds]), rows, "Nats of KL per response.", students)
+    return f"<details><summary>Where the nats go, by kind of token</summary>{page}</details>"
+
+
 def comparison_tables(summary: dict[str, Any]) -> str:
     """Writes students against early-stopping paths, then, folded, against every other policy."""
     path_rows, others = [], []
@@ -306,6 +318,7 @@ def render(run: Path, summary: dict[str, Any], n_pairs: int) -> str:
     parts = [
         f'<h1>{title}</h1><p class="lead">{html.escape(headline(summary))}</p>',
         policy_table(summary),
+        spending_table(run),
         comparison_tables(summary),
         "<h2>Figures</h2>" + figures,
         signal_table(summary["signals"]),

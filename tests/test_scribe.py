@@ -8,9 +8,12 @@ import re
 import make_base
 import pytest
 import scribe
+import spending
+import tiny
 import torch
 
 import common
+import evaluate
 
 HABITS = scribe.make_habits(0)
 
@@ -128,6 +131,37 @@ def test_kinds_of_tokens():
     for problem in problems(300):
         kinds = scribe.token_kinds(scribe.write_solution(problem, rng, HABITS))
         assert "other" not in kinds and kinds.count("style") == len(scribe.solve(problem)) + 1
+
+
+def test_kinds_of_results():
+    (before, operand), wrong = next(iter(HABITS.items()))
+    text = f"{before}{operand:+d}={wrong}, 9+3=12, "
+    free = next(f"{a}+1={a + 1}, " for a in range(9) if (a, 1) not in HABITS)
+    kinds = spending.spending_kinds(text + free, HABITS)
+    found = [kind for kind in kinds if "result" in kind]
+    assert found == ["result of habit", "result outside", "result outside", "other result"]
+    assert len(kinds) == len(text + free) + 1 and kinds[-1] == "end"
+
+
+def test_what_is_spent_adds_up_to_the_kl(tmp_path, model_folders):
+    """On whole responses of the scribe: by kind, against transformers' own forward."""
+    folder = tiny.setting()
+    rollouts = common.load_rollouts(folder / "rollouts")
+    texts = [row["text"] for row in evaluate.read_jsonl(folder / "rollouts/samples.jsonl")]
+    names = [str(folder / name) for name in ("other", "base")]
+    policy, base = (
+        common.load_lm(name, torch.device("cpu"), torch.float32, "sdpa") for name in names
+    )
+    found = spending.spent(policy, base, rollouts, texts, [0, 5], HABITS)
+    total = 0.0
+    for s in (0, 5):
+        start, end = rollouts.cu_seqlens[s : s + 2].tolist()
+        ids = rollouts.tokens[None, start:end].long()
+        with torch.no_grad():
+            log_p, log_q = (lm(input_ids=ids).logits[0].log_softmax(-1) for lm in (policy, base))
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)[int(rollouts.prompt_lens[s]) - 1 : -1]
+        total += kl.sum().item() / 2
+    assert sum(found.values()) == pytest.approx(total, rel=1e-4) and len(found) > 4
 
 
 def test_tokenizer_has_one_token_per_character(tokenizer):

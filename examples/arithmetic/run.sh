@@ -89,4 +89,5 @@ judge_part() { # judge_part I: every second policy, from the I-th
 beside judge1 judge_part 1
 judge_part 0
 join
+"$PYTHON" examples/arithmetic/spending.py --run "$RUN" --seed "$SEED"
 "$PYTHON" examples/report.py --run "$RUN"

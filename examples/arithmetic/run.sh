@@ -24,6 +24,10 @@ fi
 # unlearned policy of steps.sh learns inverted verdicts, and so does unlearned_b in another order of
 # the data. The rivals, to be beaten at equal KL: SFT on right responses, ordinary clipped GRPO, MSE
 # and a gentle CE, each stopped early or not. The last rival is free: the base at temperatures.
+# Stage 2. Every student takes the bounds of the best forecast within a KL (steps.sh: CHOICE). The
+# best signal found is twice the contrast of the unlearned policies and a tenth of the strong one.
+if [ "$KIND" = quick ]; then WIDER=$CHOICE STRONG=$CHOICE
+else WIDER="--within-kl 1.2" STRONG="--within-kl 1.4"; fi
 CE="--loss ce --beta 0.2 --learning-rate 2e-4 $CE"
 SAPO="--loss sapo --learning-rate 3e-4 $SAPO"
 GENTLE="--loss ce --beta 0.5 --learning-rate 2e-4 $GENTLE"
@@ -37,11 +41,11 @@ stage1() { # stage1 NAME FLAGS...
   timed "$output" "$PYTHON" stage1_extreme.py --base "$RUN/base" --rollouts "$RUN/rollouts" \
     --output "$output" --seed "$SEED" $QUICKLY "$@"
 }
-distil() { # distil NAME FLAGS...: signals, teacher minus base and other terms, and their student
-  local signals=$RUN/signals/$1.safetensors output=$RUN/students/$1
-  shift
-  signals "$RUN/base" "$RUN/rollouts" "$RUN" "$signals" "$@"
-  student "$RUN/base" "$RUN/rollouts" "$signals" "$output" --epochs $STUDENT_EPOCHS $CHOICE
+distil() { # distil NAME TEACHER FLAGS...: the signals teacher minus base, and their student
+  local signals=$RUN/signals/$1.safetensors output=$RUN/students/$1 teacher=$RUN/stage1/$2
+  shift 2
+  signals "$RUN/base" "$RUN/rollouts" "$RUN" "$signals" --teachers "$teacher"
+  student "$RUN/base" "$RUN/rollouts" "$signals" "$output" --epochs $STUDENT_EPOCHS "$@"
 }
 
 say "step 0: problems, base, fixed rollouts; base samples of other problems, for the forecasts"
@@ -65,15 +69,17 @@ teachers
 join
 
 strong_and_ruined() {
-  distil strong --teachers "$RUN/stage1/ce"
-  distil ruined --teachers "$RUN/stage1/sapo"
+  distil strong ce $STRONG
+  distil ruined sapo $CHOICE
 }
 say "signals and stage 2; in the background the students of the strong and the ruined teacher"
 beside stage2 strong_and_ruined
 first_signals
 first_student
-distil mixed --teachers "$RUN/stage1/ce" "$RUN/base" "$RUN/base" \
-  --references "$RUN/base" "$U" "${U}_b" --weights 0.25 0.5 0.5
+MIXED=$RUN/signals/mixed.safetensors
+signals "$RUN/base" "$RUN/rollouts" "$RUN" "$MIXED" --teachers "$RUN/stage1/ce" "$RUN/base" \
+  "$RUN/base" --references "$RUN/base" "$U" "${U}_b" --weights 0.1 1 1
+student "$RUN/base" "$RUN/rollouts" "$MIXED" "$RUN/students/mixed" --epochs $STUDENT_EPOCHS $WIDER
 join
 
 say "evaluation on held-out problems; in the background every second policy"

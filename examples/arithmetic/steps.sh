@@ -29,7 +29,7 @@ else
   TRAIN=512 N=16 HELD_OUT=128 HELD_OUT_N=32 EVAL_N=8 BASE_N=32 STUDENT_EPOCHS=3
   QUICKLY=""
   UNLEARN_RATE=2e-4 STUDENT_RATE=2e-4 LATER_RATE=1e-4 GRPO_RATE=2e-4 UNLEARN_EPOCHS=3
-  CHOICE="--within-kl 1"
+  CHOICE="--within-kl 1.1"
 fi
 # Base minus a policy that learnt inverted verdicts by MSE. Its scale and bounds are those that the
 # forecast of build_signals.py prefers on base samples of other problems (CHOICE).

@@ -196,6 +196,14 @@ def test_stage_2(objective, rollouts, model_folders, ranks, tmp_path, monkeypatc
         ]
     exact = penalty(1.0, "forward", d).item()
     assert lines[-1]["kl_proxy"] == pytest.approx(exact, rel=1e-3)
+    targets = [signal[own[s]].clamp(-2, 2) for s in held_out]
+    slope = torch.cat(d) @ torch.cat(targets) / torch.cat(targets).square().sum()
+    assert lines[-1]["realised"] == pytest.approx(slope.item(), rel=1e-3)
+    for role, values in [("student", d), ("target", targets)]:  # one problem: four samples
+        w = torch.stack([v.sum() for v in values]).double().softmax(0)
+        accuracy, kl = w @ rollouts.rewards[held_out].double(), w @ (4 * w).log()
+        assert lines[-1][f"{role}_accuracy"] == pytest.approx(accuracy.item(), rel=1e-3)
+        assert lines[-1][f"{role}_kl"] == pytest.approx(kl.item(), rel=1e-3)
     resume = common.read_json(tmp_path / "run/checkpoints/resume-0000004/state.json")
     assert resume == {"step": 4, "kl_proxy": lines[-1]["kl_proxy"]}
 

@@ -13,7 +13,7 @@ HERE=
 source examples/arithmetic/steps.sh
 
 if [ "$KIND" = quick ]; then
-  CURVE="--n 2" TEMPERATURES="0.9 0.6 0.3"
+  CURVE="--n 2" TEMPERATURES="0.9 0.5"
   CE="--epochs 2" GENTLE="--epochs 1" SAPO="--epochs 2" RIVAL="--epochs 1"
 else
   CURVE="--n 2" TEMPERATURES="0.9 0.8 0.7 0.6 0.5 0.4 0.3"
@@ -60,6 +60,7 @@ teachers() {
 rivals() {
   stage1 ce_gentle $GENTLE
   stage1 sft $SFT
+  [ "$KIND" = quick ] && return
   stage1 grpo $ORDINARY
   stage1 mse $MSE
 }

@@ -4,12 +4,14 @@
                alone costs more than delta nats: d(p exp(target_t) || p) > delta, p = base(y_t)
     log_ratio_t = log policy(y_t) - log base(y_t)     r_t = exp(log_ratio_t)
 
-    regression  (log_ratio_t - target_t)^2               without signal the student does not move
-    pg          -min(r_t target_t, clip(r_t) target_t)   policy gradient; r_t to the behavior policy
-    + kl_coef KL                                         at the prefixes that the base visited
+    generalized_kl  exp(target_t)(target_t - log_ratio_t) - exp(target_t) + r_t
+    regression      (log_ratio_t - target_t)^2                 without signal the student stays
+    pg              -min(r_t target_t, clip(r_t) target_t)     here r_t is to the behavior policy
+    + kl_coef KL    at the prefixes that the base visited
 
 Each token is bounded by the clip c, the floor and the bound delta on its KL, and in pg by the ratio
-clip and a mask on the difference in probability. Delta matters most with a ruined teacher, because
+clip and a mask on the difference in probability. Scale and bounds can be chosen by the forecast of
+build_signals.py (--within-kl, --reach-accuracy). Delta matters most with a ruined teacher, because
 a bounded log-ratio is not a bounded step. Where the base is sure (p near 1), a target of -3 moves
 nearly all probability to tokens that the base never writes, and costs many nats; on a rare token
 the same target costs nearly nothing.
@@ -29,7 +31,7 @@ The paper's trust-region rule and the pair of distillation objectives that it co
 to us (arXiv 2605.25582). Each default comes from the source that its help text names, or is ours.
 The settings of the arithmetic example are in examples/arithmetic/run.sh and steps.sh.
 
-    python stage2_distill.py --base B --rollouts D --signals F --objective regression --output S
+    python stage2_distill.py --base B --rollouts D --signals F --within-kl 1 --output S
     torchrun --nproc-per-node 8 -- stage2_distill.py --base B --rollouts D --signals F --output S
 """
 

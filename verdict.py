@@ -17,7 +17,7 @@ import re
 import unicodedata
 from collections import defaultdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 ANSWER_LIMIT = 2000  # characters; a longer text is no answer (golds have far fewer)
 
@@ -35,7 +35,7 @@ SENTENCE_ENDS = re.compile(
 )
 TEXT = re.compile(r"\\text\{([^{}]*)\}")
 OPTION = re.compile(  # "(A) 12", "A. 12", "A", but not "(A) 12 or (B) 13"
-    r"(?:\\text\{(?:[Oo]ption|[Cc]hoice)\}\s*)?\(?([A-J])"
+    r"\(?([A-J])"
     r"(?:(?:\)[.:]?|[.:](?!\d))\s*(?!(?:.*[^a-zA-Z\\])?[A-J](?![a-zA-Z]))(.+)|\)?)"
 )
 
@@ -65,9 +65,12 @@ def boxed_answer(text: str, in_thought: bool = False) -> str | None:
     never counts. A thought that never ends has no answer. in_thought: the prompt has opened it."""
     text = rewrite("response", "<think>" * in_thought + text)
     boxes: list[tuple[int, int, int]] = []  # starts of box and content, and its end; last box first
-    for match in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
-        if boxes and boxes[-1][0] - match.start() > ANSWER_LIMIT:
+    at = len(text)
+    while (at := text.rfind("\\boxed", 0, at)) >= 0:
+        if boxes and boxes[-1][0] - at > ANSWER_LIMIT:
             break
+        if (match := re.compile(r"\\boxed\s*\{").match(text, at)) is None:
+            continue
         end = closing(text, match.end())
         if end is None and not boxes:
             return None  # the last one was not finished
@@ -75,7 +78,7 @@ def boxed_answer(text: str, in_thought: bool = False) -> str | None:
             boxes.pop()  # it is inside of this one
         if boxes and (end is None or SENTENCE_ENDS.search(text, end, boxes[-1][0])):
             break
-        boxes.append((match.start(), match.end(), end))
+        boxes.append((at, match.end(), end))
     answer = ", ".join(dict.fromkeys(text[start:end] for _, start, end in reversed(boxes)))
     return answer if boxes and len(answer) <= ANSWER_LIMIT else None
 
@@ -84,7 +87,7 @@ def boxed_answer(text: str, in_thought: bool = False) -> str | None:
 def prepare(text: str) -> str:
     r"""Writes an answer in forms that math-verify reads rightly, with words in \text{...} only."""
     if not text.isascii():
-        text = unicodedata.normalize("NFKC", rewrite("mark", text))
+        text = rewrite("mark", unicodedata.normalize("NFKC", rewrite("mark", text)))
     text = rewrite("answer", text)
     while match := re.search(r"(\d*)\.(\d*)\\overline\{(\d+)\}", text):
         whole, fixed, block = match.groups()  # 0.1\overline{6} is (16 - 1) / 90
@@ -109,6 +112,15 @@ def parse_answer(answer: str) -> list:
     return parse(boxed, config, extraction_mode="first_match", parsing_timeout=None)
 
 
+def split_roots(expression: Any) -> Any:
+    r"""Writes \sqrt{ab} and \sqrt{1/n} as roots of the factors: right where these are positive."""
+    from sympy import Pow, expand_power_base
+
+    expression = expand_power_base(expression.doit(), force=True)
+    inverse = [x for x in expression.atoms(Pow) if x.base.is_Pow and x.base.exp == -1]
+    return expression.xreplace({x: 1 / x.base.base**x.exp for x in inverse})
+
+
 def same_math(gold: str, answer: str) -> bool:
     """Compares two pieces without words by math-verify."""
     from math_verify import verify
@@ -123,7 +135,8 @@ def same_math(gold: str, answer: str) -> bool:
     both = [parse_answer(gold), parse_answer(answer)]
     same = functools.partial(verify, *both, timeout_seconds=None, allow_set_relation_comp=True)
     if not same():
-        return False
+        roots = "sqrt" in gold and "sqrt" in answer and not any(isinstance(x[0], str) for x in both)
+        return roots and verify(*(split_roots(x[0]) for x in both), timeout_seconds=None)
     # verify counts digits from the decimal point; 1e-19 and 1e-18 need digits of their own.
     parts = [p for e in sum(both, []) if not isinstance(e, str) for p in preorder_traversal(e)]
     sizes = [abs(p.evalf(5)) for p in parts if getattr(p, "is_number", False)]
@@ -174,9 +187,10 @@ def same_answer(gold: str, answer: str) -> bool:
 
 def is_usable(gold: str) -> bool:
     """Tells whether a response could be right: not to "proof", "???", or a worked solution."""
-    plain, n = TEXT.sub(r"\1", prepare(gold)), len(re.findall(r"(?<!\\)\b[^\W\d_]{2,}", gold))
-    if len(gold) > ANSWER_LIMIT or n > 12 or n > 6 and re.search(r"\d", gold):
+    n_words = len(re.findall(r"(?<!\\)\b[^\W\d_]{2,}", gold))
+    if len(gold) > ANSWER_LIMIT or n_words > (6 if re.search(r"\d", gold) else 12):
         return False
+    plain = TEXT.sub(r" \1 ", prepare(gold))
     if any(p.search(plain) for p, _ in RULES["gold"]) or closing(gold + "}", 0) != len(gold):
         return False
     return "\\text" in prepare(gold) or bool(parse_answer(plain))

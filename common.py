@@ -11,6 +11,7 @@ tokens of one packed row, so there is nothing to mask. D is the hidden size, V t
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import gc
 import hashlib
@@ -39,6 +40,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 FORMAT_VERSION = 1
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # flock on some shared disks
 HEAD_TILE_ELEMENTS = {"cuda": 2**27, "cpu": 2**21}  # logits that exist at once; a CPU caches
 
 
@@ -53,7 +55,9 @@ def run(main: Callable[[Any], None], args_type: type, doc: str | None) -> None:
         main(args)
     except (UserError, OSError, SafetensorError, ModuleNotFoundError) as error:
         # A bad value, a bad path, a full disk, an optional package that is not installed.
-        tqdm.write(f"error: {error}", file=sys.stderr)  # on a line below a progress bar
+        locks = isinstance(error, OSError) and error.errno in NO_LOCKS
+        remedy = "; this file system has no locks: set HF_HOME to a local disk" if locks else ""
+        tqdm.write(f"error: {error}{remedy}", file=sys.stderr)  # on a line below a progress bar
         sys.exit(2)
     if dist.is_initialized():  # not after an error: NCCL would wait here for the other ranks
         dist.destroy_process_group()
@@ -399,6 +403,8 @@ def model_folder(name: str) -> Path:
         try:
             folder = Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.gguf"]))
         except Exception as error:  # the hub client and its transport raise a dozen kinds
+            if getattr(error, "errno", None) in NO_LOCKS:
+                raise
             reason = f"no such folder, and not found on the hub ({type(error).__name__})"
             raise UserError(f"model '{name}': {reason}") from None
     if not (folder / "config.json").is_file():

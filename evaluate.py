@@ -38,33 +38,35 @@ import logging
 import math
 import multiprocessing
 import os
-import re
 import resource
 import shutil
+import tempfile
 import time
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 from common import (  # isort: skip
     ARRAYS, Policy, Ranks, Rollouts, UserError, atomic, compute_dtype, fingerprint, load_lm,
     load_rollouts, load_tensors, load_tokenizer, make_row, model_folder, pack, progress,
     read_json, require, run, save_tensors, start_run, write_json,
 )  # fmt: skip
+from verdict import Verdict, boxed_answer, check_pair, rewrite, verdict_of  # noqa: F401
 
 SHARED_SAMPLING = ("temperature", "top_p", "max_new_tokens")  # equal in runs that are compared
 RESAMPLES = 2000  # of the problems, for a standard error or an interval
 LOGITS_AT_ONCE = 2**27  # of one model: 512 MiB in float32
 FIELD_LIMIT = 100_000  # characters of one field; a longer one is damage, not a problem
 CPU_KV_CACHE = 2**31  # bytes; vLLM would take nine tenths of a CPU machine's memory
-ANSWER_LIMIT = 2000  # characters; a longer text is no answer (golds have far fewer)
 GRADING_MEMORY = 2**31  # bytes that a grading process may take beyond what it starts with
 TASK_SIZE = 32  # answers to one gold that a grading process gets at once
 
@@ -74,8 +76,6 @@ Pair = tuple[int, int]  # problem and sample number of a response
 Units = dict[int, list[Pair]]  # a unit is what is sampled and stored as a whole
 Check = tuple[str, str | None]  # gold and answer; without an answer: can the gold be read?
 Task = tuple[str, list[str | None]]  # a gold, and answers to it
-# unreadable: math-verify sees no expression. failed: too slow, too large, or an error inside it.
-Verdict = Literal["right", "wrong", "unreadable", "failed"]
 Part = tuple[Tensor, Tensor]  # total and count of each of P problems, [P] each
 Mean = tuple[float | None, float | None]  # a value and its standard error; None: unknown
 
@@ -118,6 +118,10 @@ class Args:
     """the user message, with the problem in the place of {problem}"""
     no_chat_template: bool = False
     """use the filled prompt template without the tokenizer's chat template, as for base models"""
+    chat_template_kwargs: str | None = None
+    """JSON object of switches of the chat template, such as '{"enable_thinking": false}' (Qwen3)"""
+    date: str | None = None
+    """YYYY-MM-DD that a chat template prints as today; default: the day of the run's first start"""
     grading_timeout: float = 10.0
     """seconds of wall clock after which the check of one answer is ended and counts as wrong"""
     seed: int = 0
@@ -130,6 +134,9 @@ class Args:
         require(self, "temperature kl_samples", lambda v: v >= 0, "0 or more")
         require(self, "grading_timeout", lambda v: 0 < v <= 86400, "above 0 and at most 86400")
         require(self, "top_p gpu_memory_utilization", lambda v: 0 < v <= 1, "above 0 and at most 1")
+        is_object = functools.partial(reads, json.loads, kind=dict)
+        require(self, "chat_template_kwargs", is_object, "a JSON object")
+        require(self, "date", functools.partial(reads, date.fromisoformat), "YYYY-MM-DD")
         parse_shard(self.shard)
         template = self.prompt_template
         if "{problem}" not in template:
@@ -148,6 +155,14 @@ class Args:
         """The settings that the samples depend on, as the rollouts file records them."""
         names = ("n", "temperature", "top_p", "max_new_tokens", "seed", "batch_size", "engine")
         return {name: getattr(self, name) for name in names} | {"top_k": 0}
+
+
+def reads(read: Callable[[str], Any], text: str, kind: type = object) -> bool:
+    """Tells whether `read` makes a value of this kind from a text."""
+    try:
+        return isinstance(read(text), kind)
+    except ValueError:
+        return False
 
 
 def parse_shard(shard: str | None) -> tuple[int, int]:
@@ -286,11 +301,17 @@ def load_problems(path: Path, timeout: float, ranks: Ranks) -> list[Problem]:
     """Reads and checks the problems.
 
     timeout: seconds to parse one answer. Raises UserError that names file, line and field where a
-    field is missing, an id or a problem repeats, or math-verify cannot parse an answer."""
+    field is missing, an id or a problem repeats, or no response to an answer could be right."""
+    command = f"python examples/problem_sets.py --source {path} --output problems.jsonl"
+    if not path.is_file() or path.suffix in (".parquet", ".csv", ".gz", ".arrow"):
+        raise UserError(f"--problems {path}: not a JSONL file here; one is made by {command}")
     problems: list[Problem] = []
     first_lines: dict[tuple[str, str], int] = {}
     for number, row in enumerate(read_jsonl(path), 1):
         where = f"{path}:{number}"
+        if absent := [name for name in ("id", "problem", "answer") if name not in row]:
+            found = f"no field '{absent[0]}' among {', '.join(row)[:200]}"
+            raise UserError(f"{where}: {found}; rename by {command} and its column flags")
         problem = {name: read_field(row, name, where) for name in ("id", "problem", "answer")}
         text = " ".join(unicodedata.normalize("NFC", problem["problem"]).split())
         for name, value in (("id", problem["id"]), ("problem", text)):
@@ -304,18 +325,40 @@ def load_problems(path: Path, timeout: float, ranks: Ranks) -> list[Problem]:
     found = verdicts(golds, timeout, ranks, "read answers")
     bad = [number for number, gold in enumerate(golds, 1) if found[gold] != "right"]
     if bad:
-        what = f"math-verify cannot parse {golds[bad[0] - 1][0][:60]!r} ({len(bad)} such answers)"
+        what = f"no response can equal {golds[bad[0] - 1][0][:60]!r} ({len(bad)} such answers)"
         raise UserError(f"{path}:{bad[0]}: field 'answer': {what}; correct it or drop the problem")
     return problems
+
+
+def hold_date(args: Args, tokenizer: Any) -> Args:
+    """Holds the date that a chat template prints at that of this run's first start, or of the base
+    run: a run continued tomorrow has the same prompts."""
+    if args.date or args.no_chat_template or "strftime_now" not in str(tokenizer.chat_template):
+        return args
+    begun = [folder / "args.json" for folder in (args.output, args.base_run) if folder]
+    dates = [read_json(path)["args"].get("date") for path in begun if path.is_file()]
+    return dataclasses.replace(args, date=next(filter(None, dates), str(date.today())))
+
+
+def fill_chat(tokenizer: Any, messages: list[dict[str, str]], args: Args, **options: Any) -> str:
+    """Fills the chat template, with the switches and the date of the arguments."""
+    options |= json.loads(args.chat_template_kwargs or "{}")
+    if args.date:  # what a template calls for today's date
+        options["strftime_now"] = date.fromisoformat(args.date).strftime
+    return tokenizer.apply_chat_template(messages, **options | {"tokenize": False})
 
 
 def encode_prompts(tokenizer: Any, problems: list[Problem], args: Args) -> Prompts:
     """Encodes the prompts: --prompt-template filled, then the chat template where there is one.
 
     Raises UserError where a problem's text contains control tokens, as after a chat template."""
-    if "</think>" in tokenizer.all_special_tokens:
-        raise UserError("the tokenizer hides </think>; unmark it in tokenizer_config.json")
+    hidden = [t for t in tokenizer.all_special_tokens if rewrite("response", f"x{t}x") != f"x{t}x"]
+    if hidden:
+        raise UserError(f"the tokenizer hides {hidden[0]}; unmark it in tokenizer_config.json")
     chat = bool(tokenizer.chat_template) and not args.no_chat_template
+    switches = json.loads(args.chat_template_kwargs or "{}")
+    if unknown := [s for s in switches if not chat or s not in str(tokenizer.chat_template)]:
+        raise UserError(f"--chat-template-kwargs: the chat template has no '{unknown[0]}'; drop it")
     control = [t for t in tokenizer.all_special_tokens if len(t) > 1]  # "a" may be one, in a toy
     bos = tokenizer.bos_token
     prompts = []
@@ -324,8 +367,8 @@ def encode_prompts(tokenizer: Any, problems: list[Problem], args: Args) -> Promp
             raise UserError(f"problem '{row['id']}' contains {token}; give the bare problem")
         text = args.prompt_template.replace("{problem}", row["problem"])
         if chat:
-            chat_of = functools.partial(tokenizer.apply_chat_template, tokenize=False)
-            text = chat_of([{"role": "user", "content": text}], add_generation_prompt=True)
+            message = {"role": "user", "content": text}
+            text = fill_chat(tokenizer, [message], args, add_generation_prompt=True)
         # A chat template writes the BOS itself; a second one would be another, unknown prompt.
         special = not chat and not (bos and text.startswith(bos))
         ids = list(tokenizer(text, add_special_tokens=special).input_ids)
@@ -370,13 +413,30 @@ def stream_seed(*path: int) -> int:
     return int.from_bytes(digest[:7], "little")
 
 
-def all_eos(model: str) -> list[int]:
-    """Returns every token that ends a response, by the generation config and the tokenizer."""
-    lm = load_lm(model, torch.device("meta"), torch.float32, attention="sdpa")
+def turn_end(tokenizer: Any, args: Args) -> int | None:
+    """Returns the control token with which the chat template ends an answer; None without one."""
+    if not tokenizer.chat_template or args.no_chat_template:
+        return None
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
+    text = fill_chat(tokenizer, chat, args).rpartition("ANSWER")[2]
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    return next((i for i in ids if i in tokenizer.added_tokens_decoder), None)
+
+
+def all_eos(args: Args) -> list[int]:
+    """Returns every token that ends a response, by the generation config, the tokenizer and, of a
+    base model whose EOS is another one, the chat template."""
+    lm = load_lm(args.model, torch.device("meta"), torch.float32, attention="sdpa")
+    tokenizer = load_tokenizer(args.model)
     found = lm.generation_config.eos_token_id  # Qwen3 has two
-    ids = {*(found if isinstance(found, list) else [found]), load_tokenizer(model).eos_token_id}
-    if not (ids := ids - {None}):
-        raise UserError(f"model '{model}': set eos_token_id in its generation_config.json")
+    ids = {*(found if isinstance(found, list) else [found]), tokenizer.eos_token_id} - {None}
+    end = turn_end(tokenizer, args)
+    if end is not None and end not in ids:
+        token = tokenizer.convert_ids_to_tokens(end)
+        tqdm.write(f"note: {token}, with which the chat template ends turns, ends responses too")
+        ids.add(end)
+    if not ids:
+        raise UserError(f"model '{args.model}': set eos_token_id in its generation_config.json")
     return sorted(ids)
 
 
@@ -420,7 +480,7 @@ def sample_batch(lm: Any, prompts: Prompts, eos: list[int], pad: int, args: Args
 def sample_hf(prompts: Prompts, units: Units, args: Args, ranks: Ranks) -> Finished:
     """Yields each unit, a batch, as it is finished. Each batch has a random stream of its own, so
     its tokens do not depend on what was sampled before it."""
-    tokenizer, eos = load_tokenizer(args.model), all_eos(args.model)
+    tokenizer, eos = load_tokenizer(args.model), all_eos(args)
     lm = load_lm(args.model, ranks.device, compute_dtype(ranks.device), attention="sdpa")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
     for unit, pairs in units.items():
@@ -468,7 +528,7 @@ def sample_vllm(prompts: Prompts, units: Units, args: Args, ranks: Ranks) -> Fin
     All requests are given to vLLM at once, so that no GPU waits for the longest of a block."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    eos, longest = all_eos(args.model), max(map(len, prompts)) + args.max_new_tokens
+    eos, longest = all_eos(args), max(map(len, prompts)) + args.max_new_tokens
     engine = start_vllm(longest, args, ranks).llm_engine
     for unit, [(problem, _), *_] in units.items():
         params = sampling_params(problem, eos, args)
@@ -525,57 +585,7 @@ def read_parts(prompts: Prompts, args: Args) -> dict[Pair, Response]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Grading by math-verify, in processes that can be killed (no signal interrupts a big integer)
-
-
-def boxed_answer(text: str, in_thought: bool = False) -> str | None:
-    r"""Returns the content of the last \boxed{...} after the thought; None without an answer.
-
-    Strict on purpose: without a box there is no answer, so a number met in passing never counts. A
-    thought that never ends has no answer. in_thought: the prompt has already opened the thought."""
-    _, closed, text = text.rpartition("</think>")
-    if in_thought and not closed:
-        return None
-    text = text.partition("<think>")[0]
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    start, depth = start + len("\\boxed{"), 1
-    for match in re.finditer(r"\\.|[{}]", text[start : start + ANSWER_LIMIT + 1], re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)  # \{ and \} are characters of the answer
-        if depth == 0:
-            return text[start : start + match.start()]
-    return None
-
-
-def parse_answer(answer: str) -> list:
-    """Reads one answer with math-verify, strictly as the content of a box; [] where it cannot."""
-    from math_verify import LatexExtractionConfig, parse
-
-    config = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
-    # Two forms that math-verify misreads: "12." and "1\,000" (as 1 * 0).
-    answer = re.sub(r"(?<=\d)\\[,!](?=\d{3})", "", answer.strip()).removesuffix(".")
-    boxed = f"\\boxed{{{answer}}}"
-    return parse(boxed, config, extraction_mode="first_match", parsing_timeout=None)
-
-
-# All responses to a problem share one gold.
-parse_gold = functools.lru_cache(maxsize=256)(parse_answer)
-
-
-def check_pair(gold: str, answer: str | None) -> Verdict:
-    """Compares one answer with the gold; without an answer, tells whether the gold is readable."""
-    from math_verify import verify
-
-    if answer is None:
-        return "right" if len(gold) <= ANSWER_LIMIT and parse_gold(gold) else "unreadable"
-    if answer.strip() == gold.strip():
-        return "right"
-    parsed = parse_answer(answer)
-    if not parsed:
-        return "unreadable"
-    # The gold comes first: verify is not symmetric.
-    return "right" if verify(parse_gold(gold), parsed, timeout_seconds=None) else "wrong"
+# Grading by verdict.py, in processes that can be killed (no signal interrupts a big integer)
 
 
 @functools.cache
@@ -614,6 +624,8 @@ def run_tasks(
     """Yields for each task its verdicts, or how it failed. fresh: each has a process of its own."""
     import pebble
 
+    if len(os.fsencode(tempfile.gettempdir())) > 70:  # a socket's path has 108 bytes at most
+        raise UserError(f"TMPDIR {tempfile.gettempdir()}: too long for a socket; set TMPDIR=/tmp")
     pebble.CONSTS.term_timeout = 0.1  # a bomb does not react to SIGTERM; the default waits 3 s
     context = multiprocessing.get_context("forkserver")
     # What this file imports, so that a new process has it at once.
@@ -709,11 +721,11 @@ def describe_samples(
 ) -> list[dict[str, Any]]:
     """Returns the lines of samples.jsonl before grading. A truncated response has no answer."""
     # A prompt that ends inside <think> has opened the thought of its response.
-    ends = [tokenizer.decode(prompt[-16:]).rpartition("</think>")[2] for prompt in prompts]
+    ends = [rewrite("response", tokenizer.decode(prompt[-16:]) + "$") for prompt in prompts]
     rows = []
     for (problem, number), response in responses.items():
         text = tokenizer.decode(response.tokens, skip_special_tokens=True)
-        answer = None if response.truncated else boxed_answer(text, "<think>" in ends[problem])
+        answer = None if response.truncated else boxed_answer(text, not ends[problem].endswith("$"))
         row = {"id": problems[problem]["id"], "sample": number, "reward": 0.0, "verdict": None}
         row |= {"answer": answer, "gold": problems[problem]["answer"]}
         row |= {"finish_reason": "length" if response.truncated else "stop"}
@@ -842,14 +854,24 @@ def collect_metrics(
     return metrics
 
 
-def print_table(summary: dict[str, Any], ranks: Ranks) -> None:
-    """Prints the numbers of metrics.json with the settings they depend on."""
+def print_table(summary: dict[str, Any], output: Path, ranks: Ranks) -> None:
+    """Prints the numbers of metrics.json with the settings they depend on.
+
+    Where nothing is right, or much cannot be read, answers stand beside golds: the commonest reason
+    is the data, not the model."""
     shown = {name: summary[name] for name in ("problems", "grading_failures")}
     settings = (f"{name} {value}" for name, value in (shown | summary["sampling"]).items())
     ranks.print(f"\n{summary['model']}: {', '.join(settings)}")
     for name, (value, error) in summary["metrics"].items():
         spread = "" if error is None else f" ± {error:.4f}"
         ranks.print(f"  {name:15s} " + ("n/a" if value is None else f"{value:9.4f}{spread}"))
+    unparsed = summary["metrics"].get("unparsed", [0.0])[0]
+    if summary["metrics"]["accuracy"][0] == 0 or unparsed > 0.2:
+        what = f"{unparsed:.0%} could not be read" if unparsed > 0.2 else "no response is right"
+        ranks.print(f"note: {what}; the commonest reasons are the golds and the prompt:")
+        for row in read_jsonl(output / "samples.jsonl")[:3]:
+            answer, gold = str(row["answer"])[:60], row["gold"][-60:]
+            ranks.print(f"  {row['id']}: answer {answer!r}, gold {gold!r}")
 
 
 def main(args: Args) -> None:
@@ -866,12 +888,13 @@ def main(args: Args) -> None:
         inputs["base"] = model_folder(args.base)
     # All input is checked before anything is written.
     problems = load_problems(args.problems, args.grading_timeout, ranks)
-    prompts = encode_prompts(load_tokenizer(args.model), problems, args)
+    args = hold_date(args, tokenizer := load_tokenizer(args.model))
+    prompts = encode_prompts(tokenizer, problems, args)
     base = load_base_run(args, problems, prompts) if args.base else None
     # Shards of one run may start at once: all write the same args.json.
     recorded = dataclasses.replace(args, shard=None, tensor_parallel=1, gpu_memory_utilization=0.9)
     if not start_run(args.output, recorded, inputs, ranks, last_file="metrics.json"):
-        return print_table(read_json(args.output / "metrics.json"), ranks)
+        return print_table(read_json(args.output / "metrics.json"), args.output, ranks)
     if args.shard:
         sample(prompts, args, ranks)
         return ranks.print(f"shard {args.shard} is sampled; without --shard all are merged")
@@ -882,7 +905,7 @@ def main(args: Args) -> None:
     summary |= {name: rollouts.metadata[name] for name in ("unanswered", "grading_failures")}
     summary["metrics"] = collect_metrics(rollouts, kl, base or rollouts)
     write_json(args.output / "metrics.json", summary)
-    print_table(summary, ranks)
+    print_table(summary, args.output, ranks)
 
 
 if __name__ == "__main__":

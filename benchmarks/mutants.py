@@ -38,7 +38,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ("common.py", "stage1_extreme.py", "build_signals.py", "stage2_distill.py", "evaluate.py")
+FILES = ("common.py", "stage1_extreme.py", "build_signals.py", "stage2_distill.py", "evaluate.py",
+         "verdict.py")  # fmt: skip
 TESTS = [sys.executable, "-m", "pytest", "-m", "not slow", "--tb=no", "-p", "no:cacheprovider"]
 SWAPS = {"+": "-", "*": "/", "//": "*", "%": "//", "**": "*", "&": "|", "and": "or", "<": "<="}
 SWAPS |= {">": ">=", "==": "!=", "is": "is not", "in": "not in"}

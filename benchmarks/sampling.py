@@ -87,7 +87,7 @@ def start_engine(own_process: bool, prompts: list[list[int]], run: evaluate.Args
 
 def run_bare(llm: Any, prompts: list[list[int]], run: evaluate.Args) -> int:
     """Samples with LLM.generate and returns the number of tokens."""
-    eos = evaluate.all_eos(run.model)
+    eos = evaluate.all_eos(run)
     problems = [pairs[0][0] for pairs in evaluate.plan(prompts, run).values()]
     outputs = llm.generate(
         [{"prompt_token_ids": prompts[problem]} for problem in problems],

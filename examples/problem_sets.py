@@ -7,7 +7,10 @@ Rows that evaluate.py would refuse are counted by reason and left out:
     unreadable         the problem or the answer is missing, empty, far too long, or not text
     duplicate_id       an earlier row has the same id
     duplicate_problem  an earlier row has the same text, up to spaces and Unicode normal form
-    unparseable_gold   math-verify cannot read the answer, so no response could be graded against it
+    unparseable_gold   no response could equal the answer: "proof", "N/A", half a formula
+
+The problem may be a list of chat messages with one of the user, the answer a list of one element,
+or a worked solution that ends with #### and its value.
 
 Reads   a set on the hub, or a local .parquet, .csv, .json or .jsonl file, which may end in .gz.
 Writes  OUTPUT, and beside it a report with the suffix .json (source, counts and settings).
@@ -17,7 +20,7 @@ columns, the error says what was found, and OWNER/NAME with the column flags rea
 
     python examples/problem_sets.py --source aime24 --output aime24.jsonl
     python examples/problem_sets.py --source train.parquet --output train.jsonl \\
-        --problem-column prompt.0.content --answer-column reward_model.ground_truth
+        --problem-column prompt --answer-column reward_model.ground_truth
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evaluate
-from common import Ranks, UserError, require, run, write_json
+from common import NO_LOCKS, Ranks, UserError, require, run, write_json
 
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 
@@ -43,8 +46,9 @@ FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "jso
 @dataclass
 class Args:
     source: str
-    """aime24, aime25, hmmt-feb25, hmmt-nov25, math500, imo-answerbench, polaris or dapo-math;
-    OWNER/NAME, OWNER/NAME:SPLIT or OWNER/NAME:CONFIG:SPLIT on the hub; or a local file"""
+    """gsm8k, aime24, aime25, hmmt-feb25, hmmt-nov25, math500, imo-answerbench, olympiadbench,
+    polaris or dapo-math, each also as NAME:SPLIT; OWNER/NAME, OWNER/NAME:SPLIT or
+    OWNER/NAME:CONFIG:SPLIT on the hub; or a local file"""
     output: Path
     """JSONL file to write; its name must end in .jsonl"""
     problem_column: str | None = None
@@ -87,6 +91,7 @@ class ProblemSet:
 
 # Unverified: written down without access to the hub.
 PROBLEM_SETS = {
+    "gsm8k": ProblemSet("openai/gsm8k", "main", "train", problem="question"),
     "aime24": ProblemSet("HuggingFaceH4/aime_2024", split="train"),
     "aime25": ProblemSet("MathArena/aime_2025", split="train", id="problem_idx"),
     "hmmt-feb25": ProblemSet("MathArena/hmmt_feb_2025", split="train", id="problem_idx"),
@@ -94,6 +99,9 @@ PROBLEM_SETS = {
     "math500": ProblemSet("HuggingFaceH4/MATH-500", split="test", id="unique_id"),
     "imo-answerbench": ProblemSet(
         "Hwilner/imo-answerbench", problem="Problem", answer="Short Answer", id="Problem ID"
+    ),
+    "olympiadbench": ProblemSet(
+        "Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train", "question", "final_answer"
     ),
     "polaris": ProblemSet("POLARIS-Project/Polaris-Dataset-53K", split="train"),
     "dapo-math": ProblemSet(
@@ -114,8 +122,9 @@ def find_set(args: Args) -> ProblemSet:
         raise UserError(f"--source {args.source}: no such file")
     if suffix in FORMATS:
         found = ProblemSet(FORMATS[suffix])
-    elif args.source in PROBLEM_SETS:
-        found = PROBLEM_SETS[args.source]
+    elif name in PROBLEM_SETS and len(rest) < 2:
+        found = PROBLEM_SETS[name]
+        found = dataclasses.replace(found, split=rest[0] if rest else found.split)
     elif "/" in name and len(rest) <= 2 and not Path(args.source).is_file():
         found = ProblemSet(name, *[None, None, *rest][-2:])
     else:
@@ -144,6 +153,8 @@ def read_rows(source: str, wanted: ProblemSet) -> list[dict[str, Any]]:
         names = [wanted.split] if wanted.split else list(splits)
         rows = list(splits[names[0]]) if len(names) == 1 and names[0] in splits else None
     except Exception as error:  # offline, no such set, a damaged file: the library has many kinds
+        if getattr(error, "errno", None) in NO_LOCKS:
+            raise  # `run` names the remedy
         reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
         raise UserError(
             f"--source {source}: the datasets library cannot load {wanted.name} ({reason}); check "
@@ -167,6 +178,23 @@ def lookup(row: dict[str, Any], column: str) -> Any:
             value = value[int(part)]
         else:
             value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def bare_text(value: Any, name: str) -> Any:
+    """Returns the text in a field: of chat messages the user's, of a list its only element, of a
+    worked solution with #### (GSM8K) what follows it. Raises UserError where there are several."""
+    if isinstance(value, list) and value and all(isinstance(x, dict) for x in value):
+        roles = [message.get("role") for message in value]
+        if roles not in (["user"], ["system", "user"]):
+            raise UserError(f"field '{name}' is a chat of {', '.join(map(str, roles))}")
+        value = value[-1].get("content")
+    if isinstance(value, list):
+        if len(value) != 1:
+            raise UserError(f"field '{name}' is a list of {len(value)}")
+        value = value[0]
+    if name == "answer" and isinstance(value, str) and "####" in value:
+        value = value.rpartition("####")[2].strip()
     return value
 
 
@@ -194,9 +222,10 @@ def distinct_problems(
             values["id"] = number
         try:
             where = f"row {number}"
+            values = {name: bare_text(value, name) for name, value in values.items()}
             problem = {name: evaluate.read_field(values, name, where) for name in values}
         except UserError as error:
-            dropped["unreadable"].append(str(error))
+            dropped["unreadable"].append(f"{where}: {str(error).removeprefix(f'{where}: ')}")
             continue
         text = " ".join(unicodedata.normalize("NFC", problem["problem"]).split())
         if (first := ids.setdefault(problem["id"], number)) != number:
@@ -211,7 +240,7 @@ def distinct_problems(
 def readable_golds(
     candidates: list[dict[str, str]], limit: int, timeout: float, dropped: dict[str, list[str]]
 ) -> list[dict[str, str]]:
-    """Returns the first `limit` problems whose answer math-verify can read; notes the others."""
+    """Returns the first `limit` problems that a response could solve; notes the others."""
     ranks = Ranks(0, 1, torch.device("cpu"))
     kept: list[dict[str, str]] = []
     while candidates and len(kept) < limit:  # again where some of the wanted were dropped
@@ -239,6 +268,9 @@ def main(args: Args) -> None:
             fields = ", ".join(field_names(rows[0]))
             raise UserError(f"--{name}-column {column}: no row has it; the fields are {fields}")
 
+    first = [lookup(row, f"{wanted.problem}.0.role") for row in rows]
+    if systems := first.count("system"):
+        print(f"note: {systems} system messages are left out; name one in --prompt-template")
     dropped: dict[str, list[str]] = defaultdict(list)  # messages by reason
     candidates = distinct_problems(rows, columns, dropped)
     if args.shuffle_seed is not None:

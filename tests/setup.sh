@@ -1,7 +1,7 @@
 # Sourced by tests/run.sh and examples/arithmetic/run.sh from the repository root. Makes the virtual
-# environment .venv (or the folder that ERPD_VENV names), installs requirements.txt (or the file
-# that erpd_requirements names: tests/vllm.sh) where it changed since the last time, and sets PYTHON
-# to the environment's interpreter. Bash 3.2 will do.
+# environment .venv (or the folder that ERPD_VENV names), installs requirements.txt and that of the
+# examples (or the file that erpd_requirements names: tests/vllm.sh) where they changed since the
+# last time, and sets PYTHON to the environment's interpreter. Bash 3.2 will do.
 
 erpd_fail() {
   echo "error: $*" >&2
@@ -9,7 +9,6 @@ erpd_fail() {
 }
 
 erpd_venv=${ERPD_VENV:-.venv}
-erpd_requirements=${erpd_requirements:-requirements.txt}
 case $erpd_venv in /*) ;; *) erpd_venv=$PWD/$erpd_venv ;; esac
 PYTHON=$erpd_venv/bin/python
 erpd_stamp=$erpd_venv/requirements-installed.txt # a copy of the requirements that are in it
@@ -31,6 +30,10 @@ if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
     erpd_fail "$erpd_venv: cannot make it; check path and free space"
 fi
 
+if [ -z "${erpd_requirements:-}" ]; then
+  erpd_requirements=$erpd_venv/requirements-wanted.txt
+  cat requirements.txt examples/requirements.txt >"$erpd_requirements"
+fi
 if ! cmp -s "$erpd_requirements" "$erpd_stamp"; then
   echo "setup: installing $erpd_requirements into $erpd_venv (torch: minutes the first time)"
   "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$erpd_requirements" ||

@@ -39,6 +39,7 @@ REFUSED = {  # each by itself; a message names one of the flags
         --gpu-memory-utilization 1.1 | --gpu-memory-utilization 0 | --grading-timeout 0
         --grading-timeout inf | --shard 2/2 | --shard 0 | --prompt-template Solve. | --base-run R
         --base B --temperature 0.5 | --base B --top-p 0.9 | --engine hf --tensor-parallel 2
+        --date 2026-02-30 | --date today | --chat-template-kwargs {x} | --chat-template-kwargs [1]
         --shard= | --shard=-1/2 | --shard a/b | --shard 0/0 | --shard 1/2/3 | --shard 0.5/2
     """,
     stage1_extreme: """

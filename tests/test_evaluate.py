@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import itertools
 import math
 from pathlib import Path
@@ -54,8 +55,8 @@ def test_problems_are_read_as_texts(tmp_path, ranks):
     [
         ({"problem": "What  is 1 +\n1? "}, (":4", "'problem' repeats", "line 1")),
         ({"id": "a"}, (":4", "'id' repeats", "line 1")),
-        ({"answer": "}{"}, (":4", "'answer'", "cannot parse '}{'")),
-        ({"answer": "1" * 3000}, (":4", "'answer'", "cannot parse")),
+        ({"answer": "}{"}, (":4", "'answer'", "no response can equal '}{'")),
+        ({"answer": "1" * 3000}, (":4", "'answer'", "no response can equal")),
         ({"problem": "\ud800"}, (":4", "'problem'", "surrogate")),
         ({"problem": "x" * 200_000}, (":4", "'problem'", "longer than 100000")),
         ({"answer": float("nan")}, (":4", "'answer'", "missing")),
@@ -87,6 +88,11 @@ def test_a_line_that_is_no_object_is_named(tmp_path, ranks, line):
     (tmp_path / "p.jsonl").write_text("")
     with pytest.raises(UserError, match="no problems"):
         evaluate.load_problems(tmp_path / "p.jsonl", 20.0, ranks)
+    (tmp_path / "p.jsonl").write_text('{"id": "a", "question": "1+1?", "answer": "2"}')
+    command = r"python examples/problem_sets.py --source \S+ --output problems.jsonl"
+    for name in ("p.jsonl", "p.parquet", "gsm8k"):
+        with pytest.raises(UserError, match=command):
+            evaluate.load_problems(tmp_path / name, 20.0, ranks)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -151,6 +157,42 @@ def test_a_tokenizer_that_hides_the_end_of_a_thought_is_refused(tokenizer):
     hiding.add_special_tokens({"additional_special_tokens": ["</think>"]})
     with pytest.raises(UserError, match="</think>"):
         evaluate.encode_prompts(hiding, ROWS, make_args())
+
+
+def dated(template):
+    return (
+        "{{ strftime_now('%d %b %Y') }}{% if thinks is not defined %}<think>{% endif %}" + template
+    )
+
+
+def test_switches_and_date_of_the_chat_template(tmp_path):
+    """A run that is continued, and one that has a base run, print the day of the first start."""
+    tokenizer = byte_tokenizer(dated(CHATML))
+    today = evaluate.hold_date(make_args(output=tmp_path), tokenizer)
+    assert today.date == str(datetime.date.today())
+    common.write_json(tmp_path / "args.json", {"args": {"date": "2026-02-03"}})
+    for given in ({"output": tmp_path}, {"output": tmp_path / "new", "base_run": tmp_path}):
+        assert evaluate.hold_date(make_args(**given), tokenizer).date == "2026-02-03"
+    assert evaluate.hold_date(make_args(output=tmp_path), byte_tokenizer(CHATML)).date is None
+    switched = {"date": "2026-02-03", "chat_template_kwargs": '{"thinks": false}'}
+    assert prompt_text(tokenizer, **switched).startswith("03 Feb 2026<|im_start|>")
+    assert prompt_text(tokenizer, date="2026-02-03").startswith("03 Feb 2026<think>")
+    for template, off in ((CHATML, False), (None, False), (dated(CHATML), True)):
+        with pytest.raises(UserError, match="--chat-template-kwargs: .*'thinks'"):
+            prompt_text(byte_tokenizer(template), no_chat_template=off, **switched)
+
+
+def test_the_token_that_ends_turns_ends_responses(tmp_path, capsys):
+    """As <|im_end|> of a base model whose EOS is another token; with a note."""
+    tiny.make_lm(0, 300).save_pretrained(tmp_path)
+    tokenizer = byte_tokenizer(CHATML)
+    tokenizer.save_pretrained(tmp_path)
+    ends = {1, tokenizer.eos_token_id}
+    assert set(evaluate.all_eos(make_args(model=str(tmp_path), no_chat_template=True))) == ends
+    assert capsys.readouterr().out == ""
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert set(evaluate.all_eos(make_args(model=str(tmp_path)))) == ends | {end}
+    assert "note: <|im_end|>" in capsys.readouterr().out
 
 
 def test_answers_of_truncated_responses_and_of_opened_thoughts():

@@ -5,94 +5,21 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import re
+import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 import evaluate
-from evaluate import ANSWER_LIMIT, boxed_answer, verdicts
+import verdict
+from evaluate import verdicts
+from verdict import ANSWER_LIMIT, boxed_answer
 
 BOMB = r"\dfrac{5^{(5^{(5^{(5^5)})}-4)}-5}{16}"  # a big-integer step that no signal interrupts
 
 
-class Quirk(NamedTuple):
-    """A response, our verdict on it, and why, where it is not what we want (`reason`)."""
-
-    gold: str
-    response: str
-    verdict: bool
-    reason: str = ""
-
-
-COMPARABLE = "math-verify's verdict is kept: published numbers are made with it"
-QUIRKS = [
-    # right
-    Quirk("7", r"\boxed{7}", True),
-    Quirk("7", r"\boxed{ 7.0 }", True),
-    Quirk("12", r"\boxed{12.}", True),  # math-verify alone: False
-    Quirk("1000", r"\boxed{1,000}", True),
-    Quirk("1000", r"\boxed{1{,}000}", True),
-    Quirk("1000", r"\boxed{1\,000}", True),  # math-verify alone reads 1 * 0
-    Quirk("1/2", r"\boxed{0.5}", True),
-    Quirk(r"\frac12", r"\boxed{\dfrac{1}{2}}", True),
-    Quirk("1.5", r"\boxed{1\frac{1}{2}}", True),
-    Quirk("x+1", r"\boxed{1+x}", True),
-    Quirk("x^2+2x+1", r"\boxed{(x+1)^2}", True),
-    Quirk("1024", r"\boxed{2^{10}}", True),
-    Quirk("5", r"\boxed{5\text{ cm}}", True),
-    Quirk("90", r"\boxed{90^\circ}", True),
-    Quirk("12", r"\boxed{\$12}", True),
-    Quirk("-1", "\\boxed{\u22121}", True),  # a typographic minus
-    Quirk(r"\{1,2\}", r"\boxed{\{2,1\}}", True),
-    Quirk(r"\{1,2\}", r"\boxed{\left\{2, 1\right\}}", True),
-    Quirk("C", r"\boxed{\text{(C)}}", True),
-    Quirk("none of these", r"\boxed{\text{None of these}}", True),
-    Quirk("3", r"\boxed{x=3}", True),
-    Quirk("7", r"<think>\boxed{8}</think>So \boxed{7}", True),
-    Quirk("7", r"\boxed{8}, no: \boxed{7}", True),
-    # wrong
-    Quirk("7", r"\boxed{8}", False),
-    Quirk("7", "I tried 5 6 7", False),  # math-verify with its defaults takes the last number
-    Quirk("7", "<think> maybe x = 7, wait", False),
-    Quirk("8", r"<think>\boxed{8}</think>The answer is 8", False),
-    Quirk("7", r"<think> it must be \boxed{7}", False),
-    Quirk("7", r"\boxed{7}</think> no <think> \boxed{7}", False),
-    Quirk("(1,2)", r"\boxed{(2,1)}", False),
-    Quirk("[1,2]", r"\boxed{(1,2)}", False),
-    Quirk("7", r"\boxed{7, 8}", False),
-    Quirk("7", r"\boxed{7 \text{ or } 8}", False),
-    Quirk("2", r"\boxed{\pm 2}", False),
-    Quirk("1/3", r"\boxed{0.333}", False),  # three digits are not a third
-    Quirk(r"\sqrt{2}", r"\boxed{1.4142}", False),
-    # malformed
-    Quirk("7", r"\boxed{7", False),
-    Quirk("7", r"\boxed{}", False),
-    Quirk("7", r"\boxed{\frac{7}{}", False),
-    Quirk("7", "\\boxed{\x007}", False),
-    Quirk("7", "\\boxed{7\ud800}", False),
-    Quirk("7", r"\boxed{\frac{7}{0}}", False),
-    Quirk("7", r"\boxed{7}}}", True),
-    # not as we want it
-    Quirk("7", r"\boxed 7", False, "no braces: rare, and where it ends is a guess"),
-    Quirk("7", r"\fbox{7}", False, "the prompt asks for \\boxed"),
-    Quirk("7", "\\boxed{\uff17}", False, f"a full-width digit; {COMPARABLE}"),
-    Quirk("1011", r"\boxed{1011_2}", True, f"drops the base; {COMPARABLE}"),
-    Quirk("1011_2", r"\boxed{1011_3}", True, f"drops the base; {COMPARABLE}"),
-    Quirk("(1,2)", r"\boxed{1,2}", True, f"interval or list: golds do not tell; {COMPARABLE}"),
-    Quirk("50", r"\boxed{50\%}", True, f"golds leave out the sign; {COMPARABLE}"),
-    Quirk("0.5", r"\boxed{50\%}", True, COMPARABLE),
-    Quirk("A", r"\boxed{a}", True, f"choice letters come in both; {COMPARABLE}"),
-    Quirk("3", r"\boxed{3=3}", True, f"x=3 must count, so must this; {COMPARABLE}"),
-    Quirk("3", r"\boxed{2+1}", True, f"an unfinished sum has the value; {COMPARABLE}"),
-    Quirk("1<x<2", r"\boxed{(1,2)}", True, COMPARABLE),
-    Quirk("(1,2)", r"\boxed{1<x<2}", False, f"not symmetric; {COMPARABLE}"),
-    Quirk(r"\emptyset", r"\boxed{\varnothing}", False, COMPARABLE),
-    Quirk("1000", r"\boxed{1e3}", False, f"reads e; {COMPARABLE}"),
-    Quirk("7", r"\boxed{*7*}", False, f"Markdown in a box; {COMPARABLE}"),
-    Quirk("5", r"\boxed{\text{five}}", False, f"words are words; {COMPARABLE}"),
-]
 BOMBS = [
     rf"\boxed{{{BOMB}}}",
     r"\boxed{10^{10^{10}}}",
@@ -101,35 +28,59 @@ BOMBS = [
 ]
 
 
-def test_verdict_table(ranks):
-    """The whole path, response by response, with every gold checked as well."""
-    rows = [{"gold": q.gold, "answer": boxed_answer(q.response)} for q in QUIRKS]
-    evaluate.grade(rows, 20.0, ranks)
-    assert [q for q, row in zip(QUIRKS, rows, strict=True) if row["reward"] != q.verdict] == []
-    assert {row["verdict"] for row in rows} == {"right", "wrong", "unreadable"}  # none failed
-    golds = verdicts([(q.gold, None) for q in QUIRKS], 20.0, ranks, "golds")
-    assert [gold for gold, verdict in golds.items() if verdict != "right"] == []
+def read(name):
+    """Rows of gold, response (null: is the gold an answer?) and verdict."""
+    rows = evaluate.read_jsonl(Path(__file__).parent / "data" / name)
+    for row in rows:
+        boxed = row.get("answer") and f"\\boxed{{{row['answer']}}}"
+        row["response"] = row.get("response", boxed)
+    return rows
+
+
+@pytest.mark.parametrize("name", ["grading.jsonl", "math_verify_pairs.jsonl"])
+def test_verdicts(name):
+    """Cases of every kind that verifiers are known to get wrong; math-verify's own test pairs."""
+    rows = read(name)
+    assert len(rows) >= {"grading.jsonl": 900, "math_verify_pairs.jsonl": 80}[name]
+    wrong = [r for r in rows if evaluate.verdict_of(r["gold"], r["response"]) != r["correct"]]
+    assert wrong == []
+
+
+def test_the_run_gives_the_same_verdicts(ranks):
+    """In processes, with every gold checked as well; and none of the checks fails."""
+    rows = [row for row in read("grading.jsonl") if row["response"]][::5]
+    graded = [{"gold": r["gold"], "answer": boxed_answer(r["response"])} for r in rows]
+    evaluate.grade(graded, 20.0, ranks)
+    assert [bool(row["reward"]) for row in graded] == [row["correct"] for row in rows]
+    assert {row["verdict"] for row in graded} == {"right", "wrong", "unreadable"}
+
+
+def test_every_rewrite_is_needed_by_its_text():
+    """Where it stands in the order, after those before it."""
+    table = Path(verdict.__file__).with_name("verdict_rules.tsv").read_text(encoding="utf-8")
+    rows = [line.split("\t") for line in table.splitlines() if not line.startswith("#")]
+    for number, (section, pattern, replacement, text) in enumerate(rows):
+        for earlier in rows[:number]:
+            if earlier[0] == section != "gold":
+                text = re.sub(*earlier[1:3], text)
+        text = text.casefold() if section == "words" else text
+        assert re.sub(pattern, replacement, text) != text, (section, pattern, text)
 
 
 def test_the_documented_table_is_this_one():
     page = (Path(__file__).resolve().parents[1] / "docs" / "evaluate.md").read_text()
-    rows = [f"| `{q.gold}` | `{q.response}` |" for q in QUIRKS if q.reason and q.response.isascii()]
-    assert [row for row in rows if row not in page] == []
+    rows = [row for row in read("grading.jsonl") if "reason" in row]
+    wanted = [f"| `{r['gold']}` | `{r['response']}` |" for r in rows]
+    assert [row for row in wanted if row not in page] == [] and len(wanted) > 10
 
 
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        (r"so \boxed{7}.", "7"),
-        (r"\boxed{\frac{1}{2}} done", r"\frac{1}{2}"),
         (r"\boxed{{{1}}}", "{{1}}"),
         (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),  # an escaped brace is a character
-        (r"first \boxed{1}, no: \boxed{2}", "2"),
-        (r"\boxed{1} then \boxed{2", None),  # the last one was not finished
-        (r"<think>\boxed{1}</think> it is 2", None),
-        (r"a</think>\boxed{1}</think>\boxed{2}", "2"),
+        (r"first \boxed{1}. No: \boxed{2}, \boxed{3}", "2, 3"),
         (r"\boxed{}", ""),
-        ("", None),
         ("\\boxed{" + "1" * ANSWER_LIMIT + "}", "1" * ANSWER_LIMIT),
         ("\\boxed{" + "1" * (ANSWER_LIMIT + 1) + "}", None),
         ("\\boxed{" + "{" * 3_000_000, None),
@@ -139,7 +90,7 @@ def test_the_documented_table_is_this_one():
         ("\\" * 3_000_001 + "boxed{7}", "7"),
         ("\ud800\\boxed{\udfff}\x00", "\udfff"),
     ],
-    ids=range(18),
+    ids=range(12),
 )
 def test_boxed_answer_of_any_size_is_found_at_once(text, answer):
     began = time.monotonic()
@@ -245,6 +196,12 @@ def test_a_pair_may_take_its_memory_and_no_more(monkeypatch, ranks):
     found = verdicts([*pairs, ("1", "end")], 20.0, ranks, "memory")
     assert [found[pair] for pair in pairs] == ["right"] * 10 + ["failed"]
     assert found["1", "end"] == "failed"
+
+
+def test_a_folder_too_long_for_a_socket_is_named(monkeypatch, ranks):
+    monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * 80)
+    with pytest.raises(evaluate.UserError, match="TMPDIR /x+: too long .*TMPDIR=/tmp"):
+        verdicts([("7", "7")], 20.0, ranks, "far")
 
 
 def end_task(gold, answers, timeout):

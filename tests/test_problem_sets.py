@@ -46,6 +46,35 @@ def test_nested_fields_of_a_parquet_file():
         assert str(caught.value).endswith("prompt.0.role, prompt.0.content, gold.x")
 
 
+# Of known sets, in rows that are made up: the columns to name, and a row.
+SHAPES = evaluate.read_jsonl(Path(__file__).parent / "data" / "shapes.jsonl")
+MESSAGES = [{"role": "user", "content": "48/2?"}]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=[shape["set"] for shape in SHAPES])
+@pytest.mark.parametrize("format", ["parquet", "json"])
+def test_shapes_of_known_sets_need_column_names_alone(shape, format):
+    row, columns = shape["row"], {f"{x}_column": shape[x] for x in ("problem", "answer")}
+    proof = row | {"answer": "proof", "final_answer": ["proof"], "reward_model": None}
+    getattr(datasets.Dataset.from_list([row, proof]), f"to_{format}")(f"p.{format}")
+    [made], report = convert(f"p.{format}", **columns)
+    assert (made["problem"], made["answer"]) == ("48/2?", "24")
+    assert sum(report["dropped"].values()) == 1
+    evaluate.load_problems(Path("o.jsonl"), 20.0, common.Ranks(0, 1, None))
+
+
+def test_what_is_neither_one_text_nor_one_answer_is_left_out(capsys):
+    system = [{"role": "system", "content": "Add."}, *MESSAGES]
+    chats = [system, [*MESSAGES, {"role": "assistant", "content": "24"}], MESSAGES]
+    answers = [["24"], ["24"], ["24", "25"]]
+    rows = [{"problem": c, "answer": a} for c, a in zip(chats, answers, strict=True)]
+    evaluate.write_jsonl(Path("p.jsonl"), rows)
+    assert [row["problem"] for row in convert("p.jsonl")[0]] == ["48/2?"]
+    printed = capsys.readouterr().out
+    assert "1 system messages are left out" in printed and "dropped 2 (unreadable)" in printed
+    assert "row 2: field 'problem' is a chat of user, assistant" in printed
+
+
 def test_other_formats():
     Path("p.csv").write_text(
         'id,problem,answer\n007,"1, or 2?",0.10\n008,NA,12345678901234567890\n'
@@ -129,5 +158,5 @@ def test_short_names_are_in_the_help_and_on_the_page():
     script = Path(problem_sets.__file__)
     page = (script.parents[1] / "docs" / "problems_and_runs.md").read_text()
     for name, found in problem_sets.PROBLEM_SETS.items():
-        assert name in script.read_text().split("    source: str", 1)[1][:200]
+        assert name in script.read_text().split("    source: str", 1)[1][:250]
         assert f"| `{name}` | `{found.name}` |" in page

@@ -49,7 +49,8 @@ def commands(tmp_path, script, **settings):
     python.parent.mkdir(parents=True)
     python.write_text(STUB.format(log=log))
     python.chmod(0o755)
-    (tmp_path / "venv/requirements-installed.txt").symlink_to(ROOT / "requirements.txt")
+    texts = [(ROOT / x / "requirements.txt").read_text() for x in ("", "examples")]
+    (tmp_path / "venv/requirements-installed.txt").write_text("".join(texts))
     settings |= {"ERPD_VENV": str(tmp_path / "venv"), "RUN": str(tmp_path / "run")}
     settings |= {"PYTHON": str(python), "SAMPLER": str(python)}
     subprocess.run(["bash", ROOT / "examples" / script], env=os.environ | settings, check=True)

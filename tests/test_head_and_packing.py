@@ -10,10 +10,9 @@ import checks
 import pytest
 import tiny
 import torch
-from transformers import PhiConfig, PhiForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import common
-from common import head_logprobs, make_row, pack, row_logprobs
+from common import Output, head_logprobs, make_row, pack, row_logprobs
 
 V, D = 11, 6
 
@@ -26,9 +25,11 @@ def head_inputs(n=13, dtype=torch.float64):
     return hidden, weight, torch.randint(V, (n,))
 
 
-def plain_head(hidden, weight, targets, temperature):
+def plain_head(hidden, weight, targets, temperature, bias=0.0, scale=1.0, cap=None):
     """The same through whole logits."""
-    logprobs = (hidden @ weight.T / temperature).log_softmax(-1)
+    logits = scale * (hidden @ weight.T + bias)
+    logits = logits if cap is None else cap * (logits / cap).tanh()
+    logprobs = (logits / temperature).log_softmax(-1)
     return logprobs.gather(-1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
 
 
@@ -42,18 +43,30 @@ def tiles(request, monkeypatch):
 # The head
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
+@pytest.mark.parametrize("after", [{}, {"scale": 0.4}, {"cap": 2.0}, {"scale": 3.0, "cap": 1.5}])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_head_equals_log_softmax(temperature, dtype, close, tiles):
+def test_head_equals_log_softmax(temperature, dtype, close, has_bias, after, tiles):
     hidden, weight, targets = head_inputs(dtype=dtype)
-    logprobs, entropy = head_logprobs(hidden, weight, targets, temperature)
-    expected, expected_entropy = plain_head(hidden, weight, targets, temperature)
+    bias = torch.randn(V, dtype=dtype, requires_grad=True) if has_bias else None
+    given = (hidden, weight, bias) if has_bias else (hidden, weight)
+    output = Output(weight, bias, **after)
+    logprobs, entropy = head_logprobs(hidden, output, targets, temperature)
+    plain = after | ({"bias": bias} if has_bias else {})
+    expected, expected_entropy = plain_head(hidden, weight, targets, temperature, **plain)
+    torch.testing.assert_close(
+        (output.logits(hidden) / temperature).log_softmax(-1).gather(-1, targets[:, None])[:, 0],
+        expected,
+        atol=close,
+        rtol=close,
+    )
     tolerance = {"atol": close, "rtol": close}
     torch.testing.assert_close(logprobs, expected, **tolerance)
     torch.testing.assert_close(entropy, expected_entropy, **tolerance)
     assert not entropy.requires_grad
     along = torch.randn(len(targets), dtype=dtype)
-    found, wanted = (torch.autograd.grad(x @ along, (hidden, weight)) for x in (logprobs, expected))
+    found, wanted = (torch.autograd.grad(x @ along, given) for x in (logprobs, expected))
     torch.testing.assert_close(found, wanted, **tolerance)
 
 
@@ -65,16 +78,15 @@ def test_tiles_have_widths_for_tensor_cores(monkeypatch):
     for (width, n), widths in (expected | {(128, 1): [128] * 3 + [116]}).items():
         monkeypatch.setitem(common.HEAD_TILE_ELEMENTS, "cpu", width * n)
         tiles = [*common._tiles(torch.randn(n, D), weight)]
-        assert [len(rows) for _, rows in tiles] == widths
-        assert torch.equal(torch.cat([rows for _, rows in tiles]), weight)
-        assert [start for start, _ in tiles] == [sum(widths[:i]) for i in range(len(widths))]
+        assert [tile.stop - tile.start for tile in tiles] == widths
+        assert torch.equal(torch.cat([weight[tile] for tile in tiles]), weight)
 
 
 def test_head_in_bfloat16_rounds_only_its_inputs(tiles):
     """Logits and log-softmax are float32: a bfloat16 log-softmax would be off by 1e-2."""
     hidden, weight, targets = head_inputs(dtype=torch.bfloat16)
     wide = [x.detach().float().requires_grad_() for x in (hidden, weight)]
-    found = head_logprobs(hidden, weight, targets, 0.7)
+    found = head_logprobs(hidden, Output(weight), targets, 0.7)
     expected = plain_head(*wide, targets, 0.7)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     found[0].sum().backward()
@@ -87,13 +99,13 @@ def test_head_in_bfloat16_rounds_only_its_inputs(tiles):
 def test_head_with_extreme_logits_and_without_rows(tiles):
     hidden, weight, targets = head_inputs()
     before = [x.detach().clone() for x in (hidden, weight, targets)]
-    logprobs, entropy = head_logprobs(hidden * 1e4, weight, targets, 1.0)
+    logprobs, entropy = head_logprobs(hidden * 1e4, Output(weight), targets, 1.0)
     logprobs.sum().backward()
     assert all(x.isfinite().all() for x in (logprobs, entropy, hidden.grad, weight.grad))
     assert logprobs.min() < -1e3 and (entropy >= -1e-9).all()
     assert all(map(torch.equal, before, (hidden, weight, targets)))  # nothing is computed in place
     weight.grad = None
-    logprobs, entropy = head_logprobs(hidden[:0], weight, targets[:0], 1.0)
+    logprobs, entropy = head_logprobs(hidden[:0], Output(weight), targets[:0], 1.0)
     (logprobs.sum() + entropy.sum()).backward()
     assert logprobs.shape == entropy.shape == (0,) and (weight.grad == 0).all()
 
@@ -240,22 +252,6 @@ def test_attention_on_a_gpu_calls_torchs_varlen_as_it_is(version, rollouts, monk
         for q in (query.as_subclass(OnGPU), query)
     )
     torch.testing.assert_close(torch.Tensor(found), expected)
-
-
-def test_models_with_parts_that_the_packed_forward_lacks_are_refused(tmp_path):
-    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-    sliding = dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)
-    phi = PhiForCausalLM(PhiConfig(vocab_size=40, **shape))  # its output matrix has a bias
-    qwen3 = Qwen3ForCausalLM(Qwen3Config(vocab_size=40, head_dim=8, **shape, **sliding))
-    scaled = tiny.make_lm(0, 40)
-    scaled.config.logit_scale = 0.1
-    for lm, word in [(phi, "bias"), (qwen3, "sliding_attention"), (scaled, "logit_scale")]:
-        lm.save_pretrained(tmp_path / word)
-        with pytest.raises(common.UserError, match=word):
-            common.load_lm(str(tmp_path / word), tiny.CPU, torch.float32)
-        common.load_lm(str(tmp_path / word), tiny.CPU, torch.float32, attention="sdpa")
-    with pytest.raises(common.UserError, match="window"):
-        common.packed_attention(None, *torch.zeros(3), None, packed=None, sliding_window=4)
 
 
 # --------------------------------------------------------------------------------------------------

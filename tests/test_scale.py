@@ -97,12 +97,12 @@ def test_sharded_models_are_read_from_their_files(
     name = llama if architecture == "llama" else model_folders[0]
     two = dataclasses.replace(ranks, world_size=2)
     sharded = common.load_policy(name, two, train=True, checkpointing=True)
-    plain = common.Policy(AutoModelForCausalLM.from_pretrained(name))
+    lm = AutoModelForCausalLM.from_pretrained(name, attn_implementation="packed")
+    plain = common.Policy(lm)
     for tensors in ("named_parameters", "named_buffers"):
         ours, theirs = (dict(getattr(policy, tensors)()) for policy in (sharded, plain))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(full(ours[key]), theirs[key]) for key in theirs)
-    plain.lm.set_attn_implementation("packed")
     row = common.make_row(rollouts, [0, 1, 5], tiny.CPU)
     for policy in (sharded, plain):
         common.row_logprobs(policy, row, 1.0)[0].sum().backward()

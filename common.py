@@ -41,6 +41,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 FORMAT_VERSION = 1
+NOT_FINITE = "its log-probs are not finite; train it with a lower rate"
 HEAD_TILE_ELEMENTS = {"cuda": 2**27, "cpu": 2**21}  # logits that exist at once; a CPU caches
 
 
@@ -437,10 +438,18 @@ def from_pretrained(loader: Any, name: str, **kwargs: Any) -> Any:
 
 
 def load_tokenizer(name: str) -> Any:
-    """Loads the tokenizer of a model. Raises UserError."""
-    from transformers import AutoTokenizer
+    """Loads the tokenizer of a model; by its tokenizer.json alone where only so a text comes back
+    as it was. Raises UserError."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    return from_pretrained(AutoTokenizer, name)
+    given, text = from_pretrained(AutoTokenizer, name), "Is 1 + 2\n equal to 3?"
+    if text != given.decode(given(text, add_special_tokens=False).input_ids):
+        with contextlib.suppress(UserError):  # without a tokenizer.json
+            own = from_pretrained(PreTrainedTokenizerFast, name)
+            if text == own.decode(own(text, add_special_tokens=False).input_ids):
+                tqdm.write(f"{name}: {type(given).__name__} loses text, so tokenizer.json is taken")
+                return own
+    return given
 
 
 def text_config(name: str) -> Any:
@@ -528,8 +537,7 @@ class Policy(nn.Module):
 
     def __init__(self, lm: nn.Module) -> None:
         super().__init__()
-        self.lm = lm
-        own = lm.config._attn_implementation
+        self.lm, own = lm, lm.config._attn_implementation
         self.way = "packed" if own == "packed" else f"{own} alone"
 
     def budget(self, tokens: int) -> int:
@@ -558,10 +566,10 @@ class Policy(nn.Module):
             inputs |= {"max_length_q": longest, "max_length_k": longest}
         body = self.lm.base_model if self.lm.base_model is not self.lm else self.lm.model
         hidden = body(**inputs).last_hidden_state[0]
-        matrix, config = self.lm.get_output_embeddings(), vars(self.lm.config)
+        config, matrix = vars(self.lm.config), self.lm.get_output_embeddings()
         scale = config.get("logit_scale") or config.get("lm_head_multiplier") or 1.0
-        scale /= config.get("logits_scaling") or 1.0
-        cap = config.get("final_logit_softcapping") or config.get("logits_soft_cap")
+        scale, cap = scale / config.get("logits_scaling", 1.0), config.get("logits_soft_cap")
+        cap = cap or config.get("final_logit_softcapping")
         output = Output(matrix.weight, getattr(matrix, "bias", None), scale, cap)
         # The token before a response token predicts it; there is one, because no prompt is empty.
         return head(hidden[row.response_index - 1], output)
@@ -612,7 +620,6 @@ def _shard(policy: Policy, name: str, ranks: Ranks) -> None:
     units, embedding = [*_blocks(lm)], lm.get_input_embeddings()
     if embedding.weight is not lm.get_output_embeddings().weight:  # else it is the root's matrix
         units.append(embedding)
-    dtype = embedding.weight.dtype
     precision = MixedPrecisionPolicy(compute_dtype(ranks.device), reduce_dtype=torch.float32)
     for unit in [*units, policy]:
         # The root reshards too. After a forward without backward (scoring) it would otherwise stay
@@ -623,17 +630,22 @@ def _shard(policy: Policy, name: str, ranks: Ranks) -> None:
         if module._non_persistent_buffers_set or not module._parameters:
             with implicit_replication():
                 lm._init_weights(module)
-    named = {**dict(lm.named_parameters()), **dict(lm.named_buffers())}  # a tied matrix once
+    named = dict([*lm.named_parameters(), *lm.named_buffers()])  # a tied matrix once
     weights = {k: v for k, v in lm.state_dict().items() if k in named}
     try:
         reader = dcp.HuggingFaceStorageReader(folder)
-        if weights.keys() <= reader.read_metadata().state_dict_metadata.keys():
+        stored = reader.read_metadata().state_dict_metadata.keys()
+        if "lm_head.weight" in stored - weights.keys():  # transformers would take it, unsharded
+            raise ValueError(
+                "they have an lm_head.weight, but config.json ties it to the embedding"
+            )
+        if weights.keys() <= stored:
             return dcp.load(weights, storage_reader=reader)
     except (dcp.CheckpointException, RuntimeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
         raise UserError(f"model '{name}': cannot be read in shards ({reason})") from None
+    dtype, options = embedding.weight.dtype, StateDictOptions(True, broadcast_from_rank0=True)
     whole = load_lm(name, torch.device("cpu"), dtype).state_dict() if ranks.rank == 0 else {}
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(lm, whole, options=options)
 
 
@@ -721,10 +733,8 @@ class _HeadLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        (hidden, weight, bias, targets, log_z), (scale, cap, temperature) = (
-            ctx.saved_tensors,
-            ctx.numbers,
-        )
+        hidden, weight, bias, targets, log_z = ctx.saved_tensors
+        scale, cap, temperature = ctx.numbers
         output = Output(weight, bias, scale, cap)
         grad_weight, grad_bias = (x if x is None else torch.empty_like(x) for x in (weight, bias))
         grad_hidden = torch.zeros_like(hidden, dtype=log_z.dtype)
@@ -757,9 +767,6 @@ def head_logprobs(
     return _HeadLogprobs.apply(hidden, output.weight, output.bias, *numbers)
 
 
-NOT_FINITE = "its log-probs are not finite; train it with a lower rate"
-
-
 def row_logprobs(policy: Policy, row: Row, temperature: float) -> tuple[Tensor, Tensor]:
     """Returns the log-prob of each response token and the entropy there: two [R], float32."""
     targets = row.tokens[row.response_index]
@@ -774,7 +781,7 @@ def check_policy(policy: Policy, rollouts: Rollouts, name: str, ranks: Ranks) ->
     Compares pieces of the three longest sequences, 32 tokens from just before the response, which
     is where a neighbor in the row would show. Raises UserError if no way is right, or if a token is
     not in the vocabulary."""
-    lm, device, wrong = policy.lm, ranks.device, {}
+    lm, device, kind, wrong = policy.lm, ranks.device, policy.lm.config.model_type, ""
     size, (low, high) = lm.get_input_embeddings().num_embeddings, rollouts.tokens.aminmax()
     if low < 0 or high >= size:
         raise UserError(f"{rollouts.path}: has tokens {low} to {high}, but '{name}' has {size}")
@@ -806,8 +813,7 @@ def check_policy(policy: Policy, rollouts: Rollouts, name: str, ranks: Ranks) ->
                 if type(value := values[key]) is int and value > 8:
                     at_end.callback(values.update, {key: value})
                     values[key] = 8
-        expected = run(OWN)
-        if not expected.isfinite().all():
+        if not (expected := run(OWN)).isfinite().all():
             raise UserError(f"model '{name}': {NOT_FINITE}")
         for way in WAYS[device.type]:
             try:
@@ -816,12 +822,9 @@ def check_policy(policy: Policy, rollouts: Rollouts, name: str, ranks: Ranks) ->
             except Exception as error:  # what a model does not support, it says in many ways
                 gap, found = math.inf, (str(error).splitlines() or [type(error).__name__])[0][:60]
             if ranks.decide(lambda gap=gap: gap <= NOISE[compute_dtype(device)]):
-                others = "".join(f"; {other}: {why}" for why, other in wrong.items())
-                return ranks.print(f"{name} ({lm.config.model_type}) runs {way}, {found}{others}")
-            wrong.setdefault(found, way)
-    text = f"type {lm.config.model_type} has other log-probs in transformers' own forward"
-    others = "; ".join(f"{way}: {why}" for why, way in wrong.items())
-    raise UserError(f"model '{name}': {text} ({others}); use a model of another type")
+                return ranks.print(f"{name} ({kind}) runs {way}, {found}{wrong}")
+            wrong += "" if found in wrong else f"; {way}: {found}"
+    raise UserError(f"model '{name}': its type {kind} is not computed rightly{wrong}; use another")
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -54,9 +55,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from common import (  # isort: skip
-    ARRAYS, Output, Ranks, Rollouts, UserError, atomic, check_policy, compute_dtype, fingerprint,
-    load_lm, load_policy, load_rollouts, load_tensors, load_tokenizer, make_row, model_folder,
-    pack, progress, read_json, require, run, save_tensors, start_run, text_config, write_json,
+    ARRAYS, NOISE, Output, Ranks, Rollouts, UserError, atomic, check_policy, compute_dtype,
+    fingerprint, load_lm, load_policy, load_rollouts, load_tensors, load_tokenizer, make_row,
+    model_folder, pack, progress, read_json, require, run, save_tensors, start_run, text_config,
+    write_json,
 )  # fmt: skip
 
 SHARED_SAMPLING = ("temperature", "top_p", "max_new_tokens")  # equal in runs that are compared
@@ -309,6 +311,11 @@ def load_problems(path: Path, timeout: float, ranks: Ranks) -> list[Problem]:
     return problems
 
 
+def letters(text: str) -> set[str]:
+    """Returns the characters of a text but spaces, as equal as a tokenizer may make them."""
+    return set("".join(unicodedata.normalize("NFKC", text).casefold().split()))
+
+
 def encode_prompts(tokenizer: Any, problems: list[Problem], args: Args) -> Prompts:
     """Encodes the prompts: --prompt-template filled, then the chat template where there is one.
 
@@ -333,6 +340,10 @@ def encode_prompts(tokenizer: Any, problems: list[Problem], args: Args) -> Promp
             ids.pop()  # some tokenizers end every text; a prompt continues
         if not ids:
             raise UserError(f"problem '{row['id']}': its prompt has no tokens")
+        shown = tokenizer.decode(ids)
+        if (lost := letters(text) - letters(shown)) or (" " in text and " " not in shown):
+            what = "".join(sorted(lost))[:20] or "all spaces"
+            raise UserError(f"problem '{row['id']}': the tokenizer loses {what}; use another model")
         prompts.append(ids)
     return prompts
 
@@ -417,15 +428,31 @@ def sample_batch(lm: Any, prompts: Prompts, eos: list[int], pad: int, args: Args
     return responses
 
 
+def padding_is_harmless(lm: Any, prompts: Prompts, eos: list[int], pad: int, args: Args) -> bool:
+    """Tells whether the shortest prompt has the same greedy response beside the longest, where it
+    is padded, as alone. Some recurrent layers take the padding into their state."""
+    short, long = min(prompts, key=len), max(prompts, key=len)
+    greedy = dataclasses.replace(args, temperature=0.0, max_new_tokens=4)
+    padded, _ = sample_batch(lm, [short, long], eos, pad, greedy)
+    (alone,) = sample_batch(lm, [short], eos, pad, greedy)
+    noise = 10 * NOISE[compute_dtype(lm.device)]
+    same = torch.equal(padded.tokens, alone.tokens)
+    return same and torch.allclose(padded.logprobs, alone.logprobs, rtol=0, atol=noise)
+
+
 def sample_hf(prompts: Prompts, units: Units, args: Args, ranks: Ranks) -> Finished:
     """Yields each unit, a batch, as it is finished. Each batch has a random stream of its own, so
     its tokens do not depend on what was sampled before it."""
     tokenizer, eos = load_tokenizer(args.model), all_eos(args.model)
     lm = load_lm(args.model, ranks.device, compute_dtype(ranks.device), attention="sdpa")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
+    if not (pads := padding_is_harmless(lm, prompts, eos, pad, args)):
+        ranks.print(f"{args.model}: padding would change its samples; a batch has equal lengths")
     for unit, pairs in units.items():
         torch.manual_seed(stream_seed(args.seed, unit))
-        yield unit, sample_batch(lm, [prompts[problem] for problem, _ in pairs], eos, pad, args)
+        batch = [prompts[problem] for problem, _ in pairs]
+        groups = [batch] if pads else [[*g] for _, g in itertools.groupby(batch, len)]
+        yield unit, [r for group in groups for r in sample_batch(lm, group, eos, pad, args)]
 
 
 def start_vllm(longest: int, args: Args, ranks: Ranks) -> Any:
@@ -436,7 +463,7 @@ def start_vllm(longest: int, args: Args, ranks: Ranks) -> Any:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # else it reports to its makers
     from vllm import LLM
 
-    return LLM(
+    options = dict(
         model=str(model_folder(args.model)),
         dtype=str(compute_dtype(ranks.device)).removeprefix("torch."),
         skip_tokenizer_init=True,  # token ids in, token ids out
@@ -447,6 +474,13 @@ def start_vllm(longest: int, args: Args, ranks: Ranks) -> Any:
         gpu_memory_utilization=args.gpu_memory_utilization,
         kv_cache_memory_bytes=CPU_KV_CACHE if ranks.device.type == "cpu" else None,
     )
+    try:
+        return LLM(**options)
+    except ValueError as error:  # such as a family that this build of vLLM does not run
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"model '{args.model}': vLLM refuses it ({reason}); try --engine hf"
+        ) from None
 
 
 def sampling_params(problem: int, eos: list[int], args: Args) -> Any:

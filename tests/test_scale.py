@@ -151,13 +151,17 @@ def two(tmp_path_factory, llama, model_folders):
     """The same at the two ranks of one torchrun."""
     folder = tmp_path_factory.mktemp("two")
     runs = runs_in(folder, llama, model_folders).values()
-    jobs = [[type(args).__module__, pipeline.flags(args)] for args in runs]
-    common.write_json(folder / "jobs.json", jobs)
+    at_two_ranks(runs, folder / "jobs.json")
+    return folder
+
+
+def at_two_ranks(runs, path):
+    """Runs scripts by their arguments, one after the other, at the two ranks of one torchrun."""
+    common.write_json(path, [[type(args).__module__, pipeline.flags(args)] for args in runs])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command = [*launch, "2", "--", ROOT / "tests" / "two_ranks.py", folder / "jobs.json"]
+    command = [*launch, "2", "--", ROOT / "tests" / "two_ranks.py", path]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
-    return folder
 
 
 @pytest.mark.slow

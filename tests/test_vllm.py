@@ -13,6 +13,7 @@ import make_base
 import numpy as np
 import psutil
 import pytest
+import test_families as families
 import torch
 import vllm  # noqa: F401  (where it is missing this must fail, not skip)
 from test_sampling import start
@@ -220,3 +221,28 @@ def test_killed_and_continued_ends_with_the_same_set(folder, sampled):
     gap = again.sampler_logprobs - our_logprobs(folder, again, 0.8)
     assert gap[again.response_mask].abs().max() < 1e-4
     assert not parts.exists()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_5", "qwen3_5_text"])
+def test_saved_models_of_the_papers_other_families(kind, folder):
+    """Nanbeige's Llama, and Qwen3.5 (as published, and its text model), as our stages save them."""
+    shape = dict(hidden_size=64, intermediate_size=128, head_dim=32, num_attention_heads=2)
+    shape |= dict(num_key_value_heads=1, max_position_embeddings=256)
+    if kind != "llama":
+        shape |= families.DELTA | dict(linear_key_head_dim=32, linear_value_head_dim=32)
+    whole = (shape, None) if kind != "qwen3_5" else (families.PAPER["wrapper"][1], shape)
+    tokenizer, ranks = make_base.make_tokenizer(), common.setup_ranks()
+    base = families.save(folder / f"base-{kind}", tokenizer, kind, *whole)
+    policy = common.load_policy(base, ranks, train=True)
+    common.save_model(policy, tokenizer, folder / kind, ranks)
+    args = command(folder, f"sampled-{kind}", model=str(folder / kind), n=4)
+    process = start(args, **ENVIRONMENT)
+    printed = process.communicate()[0]
+    if kind != "llama":  # its module imports torchvision, which does not load beside this torch
+        assert process.returncode == 2 and "vLLM refuses it" in printed, printed[-20000:]
+        assert "No module named 'torchvision'" in printed
+        return
+    assert process.returncode == 0, printed[-20000:]
+    made = common.load_rollouts(args.output)
+    gap = made.sampler_logprobs - common.score(str(folder / kind), made, 8192, ranks)
+    assert gap[made.response_mask].abs().max() < 1e-4

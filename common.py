@@ -373,10 +373,9 @@ def packed_attention(
     """Computes causal attention within each sequence of a row; no [T, T] mask exists.
 
     query [1, heads, T, head_dim], key and value [1, kv_heads, T, head_dim]: the signature of
-    transformers' AttentionInterface. sliding_window: how many tokens a token sees, with itself. A
+    transformers' AttentionInterface. sliding_window: tokens that a token sees, itself included. A
     GPU runs torch's own variable-length FlashAttention, a CPU one fused call per sequence. Both are
-    linear in the number of sequences. Raises UserError for a mask, dropout, or a keyword that is
-    not honoured here (soft caps, sinks)."""
+    linear in the number of sequences. Raises UserError for anything else, such as soft caps."""
     others |= {"attention_mask": attention_mask, "dropout": dropout or None}
     if refused := [k for k, v in others.items() if k not in NEUTRAL and v is not None]:
         raise UserError(f"no {', '.join(refused)} in our attention")
@@ -387,20 +386,19 @@ def packed_attention(
             n, band = q.shape[2], None
             if sliding_window and n > sliding_window:  # elsewhere it hides nothing
                 band = torch.ones(n, n, dtype=torch.bool).tril().triu(1 - sliding_window)
-            o = attend(q, k, v, band, is_causal=band is None, enable_gqa=grouped)
-            out.append(o.transpose(1, 2))
-        return torch.cat(out, dim=1), None
+            out.append(attend(q, k, v, band, is_causal=band is None, enable_gqa=grouped))
+        return torch.cat([o.transpose(1, 2) for o in out], dim=1), None
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, head_dim]
     known = inspect.signature(varlen_attn).parameters
     if "enable_gqa" not in known:  # torch 2.11 wants as many heads of keys as of queries
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    # torch 2.13 expresses "causal" by a window (tokens before, tokens after), torch 2.11 by a flag.
-    window = (sliding_window - 1 if sliding_window else -1, 0)
     if sliding_window and "window_size" not in known:
         raise UserError("this torch has no sliding window in packed rows")
-    options = {"scale": scaling, "window_size": window, "is_causal": True, "enable_gqa": True}
+    # torch 2.13 expresses "causal" by a window (tokens before, tokens after), torch 2.11 by a flag.
+    options = {"scale": scaling, "window_size": ((sliding_window or 0) - 1, 0), "is_causal": True}
+    options |= {"enable_gqa": True}
     options = {name: value for name, value in options.items() if name in known}
     cu, longest = packed.cu_seqlens, max(packed.lengths)
     return varlen_attn(q, k, v, cu, cu, longest, longest, **options)[None], None
@@ -467,9 +465,8 @@ def load_lm(
 ) -> nn.Module:
     """Loads a transformers causal LM without dropout, so that ratios start at exactly 1.
 
-    device: "meta" gives shapes without weights. attention: "packed", or transformers' own ("sdpa");
-    "eager" where a model has no other. Raises UserError if its files lack a matrix, which
-    transformers would fill with random numbers."""
+    device: "meta" gives shapes without weights. attention: "packed", or transformers' own ("sdpa"),
+    if the model lets it be chosen. Raises UserError if its files lack a matrix."""
     from transformers import AttentionInterface, AutoModelForCausalLM, GenerationConfig
 
     AttentionInterface.register("packed", packed_attention)
@@ -480,9 +477,8 @@ def load_lm(
         names |= {r"^language_model\.lm_head\.": "lm_head."}
         kwargs |= {"key_mapping": names, "output_loading_info": True}
         lm, info = from_pretrained(AutoModelForCausalLM, name, **kwargs)
-        if missing := sorted(info["missing_keys"]):
-            what = f"its files lack {missing[0]} ({len(missing)} such); download or save it again"
-            raise UserError(f"model '{name}': {what}")
+        if missing := sorted(info["missing_keys"]):  # transformers fills it with random numbers
+            raise UserError(f"model '{name}': its files lack {missing[0]}; download them again")
         lm._weight_conversions = None  # else it would be saved under the wrapper's names
         lm.to(device)
     else:
@@ -514,20 +510,19 @@ class Output:
     def logits(self, hidden: Tensor, part: slice = slice(None)) -> Tensor:
         """Computes the logits of a part of the vocabulary: [R, D] -> [R, part], in float32."""
         x = _product(hidden, self.weight[part].T)
-        x = x if self.bias is None else x.add_(self.bias[part])
-        x = x if self.scale == 1 else x.mul_(self.scale)
+        if self.bias is not None:
+            x += self.bias[part]
+        if self.scale != 1:
+            x *= self.scale
         return x if self.cap is None else torch.tanh(x / self.cap) * self.cap
 
 
 # How a row is run: by which attention ("packed" is packed_attention, others are transformers' own),
-# and "alone" where a row holds one sequence, because a state or a mask would run on into the next.
-# The first is taken that check_policy finds right.
-ALONE = ["packed alone", "sdpa alone", "eager alone"]
-OWN = "eager own"  # transformers' own forward of one sequence, from tokens to logits
-WAYS = {
-    "cpu": ["packed", "sdpa", "eager", *ALONE],
-    "cuda": ["packed", "flex_attention", "flash_attention_2", *ALONE],
-}
+# and "alone" where it holds one sequence, because a state or a mask would run on into the next one.
+# check_policy tries them in this order, against transformers' own forward from tokens to logits.
+ALONE, OWN = ["packed alone", "sdpa alone", "eager alone"], "eager own"
+WAYS = {"cpu": ["packed", "sdpa", "eager", *ALONE],
+        "cuda": ["packed", "flex_attention", "flash_attention_2", *ALONE]}  # fmt: skip
 NOISE = {torch.float32: 1e-4, torch.bfloat16: 8e-2}  # nats between two right ways, mean of tokens
 
 
@@ -549,9 +544,8 @@ class Policy(nn.Module):
         # A cache, even unused, makes transformers attend across sequences.
         inputs = {"input_ids": row.tokens[None], "use_cache": False}
         if self.way == OWN:
-            logits = self.lm(**inputs).logits[0, row.response_index - 1].float()
-            targets = row.tokens[row.response_index]
-            return -F.cross_entropy(logits, targets, reduction="none"), None
+            logprobs = self.lm(**inputs).logits[0, row.response_index - 1].float().log_softmax(-1)
+            return logprobs.gather(-1, row.tokens[row.response_index, None]).unbind(-1)
         if self.way.startswith("packed"):
             inputs["packed"] = row
         if self.way not in ALONE:
@@ -560,10 +554,9 @@ class Policy(nn.Module):
             raise UserError(f"several sequences in a row, and the model runs {self.way}")
         if self.way in ("packed", "flash_attention_2"):
             # Where flash-attention and the fast kernels of recurrent layers look for boundaries.
-            number = (row.position_ids == 0).cumsum(0, dtype=torch.int32) - 1
-            cu, longest = row.cu_seqlens, max(row.lengths)
-            inputs |= {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "seq_idx": number[None]}
-            inputs |= {"max_length_q": longest, "max_length_k": longest}
+            inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), row.cu_seqlens)
+            inputs |= dict.fromkeys(("max_length_q", "max_length_k"), max(row.lengths))
+            inputs["seq_idx"] = (row.position_ids[None] == 0).cumsum(1, dtype=torch.int32) - 1
         body = self.lm.base_model if self.lm.base_model is not self.lm else self.lm.model
         hidden = body(**inputs).last_hidden_state[0]
         config, matrix = vars(self.lm.config), self.lm.get_output_embeddings()
@@ -775,36 +768,36 @@ def row_logprobs(policy: Policy, row: Row, temperature: float) -> tuple[Tensor, 
 
 @torch.no_grad()
 def check_policy(policy: Policy, rollouts: Rollouts, name: str, ranks: Ranks) -> None:
-    """Sets policy.way to the first way that gives the log-probs of transformers' own forward, one
-    sequence at a time, in the same dtype; prints it, and what was wrong with those before it.
+    """Sets policy.way to the first way that gives the log-probs of transformers' own forward of one
+    sequence, in the same dtype; prints it, and what was wrong with those before it.
 
-    Compares pieces of the three longest sequences, 32 tokens from just before the response, which
-    is where a neighbor in the row would show. Raises UserError if no way is right, or if a token is
-    not in the vocabulary."""
-    lm, device, kind, wrong = policy.lm, ranks.device, policy.lm.config.model_type, ""
+    Compares pieces of the three longest sequences, 32 tokens around the start of the response.
+    Raises UserError if no way is right, or if a token is not in the vocabulary."""
+    lm, kind, wrong = policy.lm, policy.lm.config.model_type, ""
     size, (low, high) = lm.get_input_embeddings().num_embeddings, rollouts.tokens.aminmax()
     if low < 0 or high >= size:
         raise UserError(f"{rollouts.path}: has tokens {low} to {high}, but '{name}' has {size}")
     longest = rollouts.lengths.argsort(stable=True)[-3:]
     starts = rollouts.cu_seqlens[longest] + (rollouts.prompt_lens[longest] - 8).clamp(min=0)
-    ends = torch.minimum(starts + 32, rollouts.cu_seqlens[longest + 1])
-    tokens = [rollouts.tokens[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
-    pieces = {"tokens": torch.cat(tokens), "cu_seqlens": F.pad((ends - starts).cumsum(0), (1, 0))}
+    n = min(32, int((rollouts.cu_seqlens[longest + 1] - starts).min()))
+    pieces = {"cu_seqlens": torch.arange(len(longest) + 1) * n}
+    pieces["tokens"] = rollouts.tokens[(starts[:, None] + torch.arange(n)).flatten()]
     pieces = dataclasses.replace(rollouts, prompt_lens=torch.ones_like(longest), **pieces)
-    rows = [make_row(pieces, [s], device) for s in range(len(tokens))]
 
     def run(way: str) -> Tensor:
         """Returns the log-probs of the pieces, run in this way."""
         policy.way, attention = way, way.split()[0]
         if lm._can_set_attn_implementation():
             lm.set_attn_implementation(attention)
-        if lm.config._attn_implementation != attention:
+        elif attention != "eager":
             raise UserError("attention cannot be exchanged")
+        rows = [[0, 1, 2][: len(longest)]]
         if way in (*ALONE, OWN):
-            return torch.cat([row_logprobs(policy, row, 1.0)[0] for row in rows])
-        if re.search("longrope|dynamic", str([vars(m).get("rope_type") for m in lm.modules()])):
+            rows = [[s] for s in rows[0]]
+        elif re.search("longrope|dynamic", str([vars(m).get("rope_type") for m in lm.modules()])):
             raise UserError("rotary frequencies depend on the longest sequence of a row")
-        return row_logprobs(policy, make_row(pieces, [*range(len(rows))], device), 1.0)[0]
+        rows = [make_row(pieces, row, ranks.device) for row in rows]
+        return torch.cat([row_logprobs(policy, row, 1.0)[0] for row in rows])
 
     with contextlib.ExitStack() as at_end:
         # Windows of 8 tokens, so that pieces show whether they are honoured.
@@ -815,13 +808,13 @@ def check_policy(policy: Policy, rollouts: Rollouts, name: str, ranks: Ranks) ->
                     values[key] = 8
         if not (expected := run(OWN)).isfinite().all():
             raise UserError(f"model '{name}': {NOT_FINITE}")
-        for way in WAYS[device.type]:
+        for way in WAYS[ranks.device.type]:
             try:
                 gap = (run(way) - expected).abs().mean().item()
                 found = f"{gap:.0e} nats off"
             except Exception as error:  # what a model does not support, it says in many ways
                 gap, found = math.inf, (str(error).splitlines() or [type(error).__name__])[0][:60]
-            if ranks.decide(lambda gap=gap: gap <= NOISE[compute_dtype(device)]):
+            if ranks.decide(lambda gap=gap: gap <= NOISE[compute_dtype(ranks.device)]):
                 return ranks.print(f"{name} ({kind}) runs {way}, {found}{wrong}")
             wrong += "" if found in wrong else f"; {way}: {found}"
     raise UserError(f"model '{name}': its type {kind} is not computed rightly{wrong}; use another")

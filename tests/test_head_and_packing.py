@@ -6,7 +6,6 @@ import hashlib
 import random
 import re
 
-import checks
 import pytest
 import tiny
 import torch
@@ -174,32 +173,6 @@ def test_epochs_visit_every_response_once_in_orders_of_their_own():
     # A run that was begun goes on in the same order.
     begun = [batch.tolist() for batch in common.epoch_batches(5, 2, seed=1, epoch=2)]
     assert begun == [[0, 2], [1, 3], [4]]
-
-
-# --------------------------------------------------------------------------------------------------
-# The packed forward against transformers' own, one sequence at a time
-
-
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
-def test_packed_equals_one_sequence_at_a_time(architecture, training, rollouts, tmp_path):
-    tiny.make_lm(3, 40, architecture).save_pretrained(tmp_path)
-    ours = common.load_lm(str(tmp_path), tiny.CPU, torch.float32).train(training)
-    plain = common.load_lm(str(tmp_path), tiny.CPU, torch.float32, attention="sdpa").train(training)
-    assert (ours.lm_head.weight is ours.base_model.embed_tokens.weight) == (architecture == "qwen3")
-    chosen = [3, 0, 8, 19, 12, 1]
-    row = make_row(rollouts, chosen, tiny.CPU)
-    logprobs, entropy = row_logprobs(common.Policy(ours), row, 0.8)
-    pairs = [checks.plain_logprobs(plain, rollouts, s, 0.8) for s in chosen]
-    expected, entropies = (torch.cat(part) for part in zip(*pairs, strict=True))
-    torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(entropy, entropies, atol=1e-5, rtol=1e-5)
-    assert expected.std() > 0.3  # a forward that ignored its input would not do
-    along = torch.randn(len(expected))
-    (logprobs @ along).backward()
-    (expected @ along).backward()
-    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-4)
 
 
 def test_a_row_without_sequences_takes_part_and_adds_nothing(policy, rollouts):

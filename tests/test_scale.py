@@ -20,7 +20,7 @@ import test_pipeline as pipeline
 import tiny
 import torch
 from test_pipeline import assert_same_files
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import build_signals
 import common
@@ -87,32 +87,6 @@ def test_a_checkpoint_before_the_first_step_counts_none(model_folders, ranks, tm
     common.save_checkpoint(tmp_path, {"step": 0}, policy, optimizer, ranks)
     common.load_checkpoint(tmp_path, policy, optimizer, ranks)
     assert {state["step"].item() for state in optimizer.state.values()} == {0}
-
-
-@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
-def test_sharded_models_are_read_from_their_files(
-    architecture, llama, model_folders, rollouts, ranks
-):
-    """With two ranks pretended, FSDP runs on the one that there is."""
-    name = llama if architecture == "llama" else model_folders[0]
-    two = dataclasses.replace(ranks, world_size=2)
-    sharded = common.load_policy(name, two, train=True, checkpointing=True)
-    lm = AutoModelForCausalLM.from_pretrained(name, attn_implementation="packed")
-    plain = common.Policy(lm)
-    for tensors in ("named_parameters", "named_buffers"):
-        ours, theirs = (dict(getattr(policy, tensors)()) for policy in (sharded, plain))
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(full(ours[key]), theirs[key]) for key in theirs)
-    row = common.make_row(rollouts, [0, 1, 5], tiny.CPU)
-    for policy in (sharded, plain):
-        common.row_logprobs(policy, row, 1.0)[0].sum().backward()
-    for ours, theirs in zip(sharded.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(full(ours.grad), theirs.grad, rtol=1e-4, atol=1e-4)
-
-
-def full(tensor):
-    """Returns the whole of a sharded tensor, or the tensor as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 # --------------------------------------------------------------------------------------------------

@@ -578,7 +578,6 @@ def load_policy(name: str, ranks: Ranks, train: bool, checkpointing: bool = Fals
 
     With several ranks, and for training on a GPU, FSDP2 shards it, and every rank reads no more
     than its own shard. checkpointing: each block runs again in the backward pass."""
-    gc.collect()  # frees a policy that the caller has dropped: FSDP's modules refer to each other
     device, dtype = ranks.device, compute_dtype(ranks.device)
     sharded = ranks.world_size > 1 or (train and device.type == "cuda")
     where = torch.device("meta") if sharded else device
@@ -848,6 +847,8 @@ def score(name: str, rollouts: Rollouts, budget: int, ranks: Ranks) -> Tensor:
             row = make_row(rollouts, members, ranks.device)
             result[row.flat] = row_logprobs(policy, row, key["temperature"])[0].float().cpu()
             bar.update(len(members) * ranks.world_size)
+    del policy
+    gc.collect()  # FSDP's modules refer to each other, and a policy to be trained needs the memory
     result = result.to(ranks.device)
     dist.all_reduce(result)
     result = result.cpu()

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import common
 import evaluate
@@ -151,6 +151,24 @@ def test_a_tokenizer_that_hides_the_end_of_a_thought_is_refused(tokenizer):
     hiding.add_special_tokens({"additional_special_tokens": ["</think>"]})
     with pytest.raises(UserError, match="</think>"):
         evaluate.encode_prompts(hiding, ROWS, make_args())
+
+
+def test_a_tokenizer_that_loses_text_is_mended_by_its_file_or_refused(tokenizer, tmp_path, capsys):
+    """Some folders name a class that puts another pre-tokenizer in the place of the file's own."""
+    byte_tokenizer(WITH_BOS, bos=True).save_pretrained(tmp_path)
+    config = common.read_json(tmp_path / "tokenizer_config.json")
+    common.write_json(
+        tmp_path / "tokenizer_config.json", config | {"tokenizer_class": "LlamaTokenizerFast"}
+    )
+    common.write_json(tmp_path / "config.json", {"model_type": "llama"})
+    broken = AutoTokenizer.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="problem 'a': the tokenizer loses all spaces"):
+        prompt_text(broken, problem="1 + 1?")
+    mended = common.load_tokenizer(str(tmp_path))
+    assert "tokenizer.json is taken" in capsys.readouterr().out
+    assert "1 + 1?" in prompt_text(mended, problem="1 + 1?")
+    with pytest.raises(UserError, match="problem 'a': the tokenizer loses €"):
+        prompt_text(tokenizer, problem="€ 1+1", no_chat_template=True)
 
 
 def test_answers_of_truncated_responses_and_of_opened_thoughts():

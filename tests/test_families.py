@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import sys
 
 import checks
@@ -35,7 +36,6 @@ GPTJ = GPT | dict(rotary_dim=4)
 CAPS = dict(query_pre_attn_scalar=8, attn_logit_softcapping=2.0, final_logit_softcapping=3.0)
 ROPE = dict(rope_type="longrope", rope_theta=1e4, factor=2.0, short_factor=[1.0] * 4)
 ROPE |= dict(long_factor=[3.0] * 4, original_max_position_embeddings=16)
-
 SCALED = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0)
 SCALED |= dict(high_freq_factor=4.0, original_max_position_embeddings=16)
 SCALED = dict(rope_parameters=SCALED)
@@ -192,6 +192,13 @@ def test_frequencies_that_depend_on_the_row_take_one_sequence(tokenizer, ranks, 
     assert policy.way == "packed alone"
     with pytest.raises(common.UserError, match="several sequences"):
         common.row_logprobs(policy, common.make_row(rollouts, [0, 1], tiny.CPU), 1.0)
+
+
+def test_the_table_of_the_page_says_what_each_takes():
+    lines = (common.Path(common.__file__).parent / "docs/scaling.md").read_text().splitlines()
+    for way, kinds in FAMILIES.items():
+        (line,) = (line for line in lines if f" `{way}` |" in line)
+        assert kinds.keys() <= {*re.findall(r"\w+", line)}
 
 
 def test_attention_refuses_what_it_does_not_know():

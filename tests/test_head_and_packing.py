@@ -192,28 +192,28 @@ class OnGPU(torch.Tensor):
     is_cuda = True
 
 
-@pytest.mark.parametrize("version", ["2.13", "2.11"])
-def test_attention_on_a_gpu_calls_torchs_varlen_as_it_is(version, rollouts, monkeypatch):
+@pytest.mark.parametrize(("version", "window"), [("2.13", None), ("2.13", 3), ("2.11", None)])
+def test_attention_on_a_gpu_calls_torchs_varlen_as_it_is(version, window, rollouts, monkeypatch):
     """The function is replaced by a loop; both of its signatures must get causal attention."""
     row = make_row(rollouts, [3, 8, 0], tiny.CPU)
     n = len(row.tokens)
     query, key, value = torch.randn(1, 4, n, 8), torch.randn(1, 2, n, 8), torch.randn(1, 2, n, 8)
 
-    def loop(q, k, v, cu, cu_k, longest, longest_k, scale):
+    def loop(q, k, v, cu, cu_k, longest, longest_k, scale, before=-1):
         assert torch.equal(cu, cu_k) and longest == longest_k == max(row.lengths)
         parts = []
         for a, b in zip(cu.tolist(), cu.tolist()[1:], strict=False):
             logits = torch.einsum("qhd,khd->hqk", q[a:b], k[a:b]) * scale
             mask = torch.ones(b - a, b - a).tril() == 0
+            mask |= torch.ones(b - a, b - a).tril(-1 - before) == 1 if before >= 0 else mask
             weights = logits.masked_fill(mask, -torch.inf).softmax(-1)
             parts.append(torch.einsum("hqk,khd->qhd", weights, v[a:b]))
         return torch.cat(parts)
 
     def new(q, k, v, cu, cu_k, m, m_k, *, scale=1, window_size=(-1, -1), enable_gqa=False):
-        assert enable_gqa and window_size == (-1, 0)
-        return loop(
-            q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), cu, cu_k, m, m_k, scale
-        )
+        assert enable_gqa and window_size[1] == 0
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        return loop(q, k, v, cu, cu_k, m, m_k, scale, window_size[0])
 
     def old(q, k, v, cu, cu_k, m, m_k, is_causal=False, *, scale=1):
         assert is_causal
@@ -221,7 +221,9 @@ def test_attention_on_a_gpu_calls_torchs_varlen_as_it_is(version, rollouts, monk
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", new if version == "2.13" else old)
     found, expected = (
-        common.packed_attention(None, q, key, value, None, packed=row, scaling=0.3)[0]
+        common.packed_attention(
+            None, q, key, value, None, packed=row, scaling=0.3, sliding_window=window
+        )[0]
         for q in (query.as_subclass(OnGPU), query)
     )
     torch.testing.assert_close(torch.Tensor(found), expected)

@@ -46,8 +46,8 @@ from torch import Tensor
 
 from common import (  # isort: skip
     FORMAT_VERSION, Ranks, Rollouts, UserError, check_sampling, fingerprint, load_rollouts,
-    load_tensors, load_tokenizer, model_folder, read_json, require, run, save_tensors, score,
-    setup_ranks, write_json,
+    load_tensors, load_tokenizer, model_folder, require, run, save_tensors, score, setup_ranks,
+    text_config, write_json,
 )  # fmt: skip
 
 
@@ -245,7 +245,7 @@ def forecasts(signal: Tensor, base_logprobs: Tensor, rollouts: Rollouts, args: A
 
 def check_vocabularies(models: list[str]) -> None:
     """Raises UserError if two models differ in the size of their vocabulary."""
-    sizes = {m: read_json(model_folder(m) / "config.json").get("vocab_size") for m in models}
+    sizes = {m: text_config(m).vocab_size for m in models}
     for model, size in sizes.items():
         if size != sizes[models[0]]:
             raise UserError(

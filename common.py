@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import dataclasses
 import functools
 import gc
 import hashlib
@@ -20,6 +21,7 @@ import inspect
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import sys
@@ -41,6 +43,7 @@ from tqdm import tqdm
 
 FORMAT_VERSION = 1
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # flock on some shared disks
+NOT_FINITE = "its log-probs are not finite; train it with a lower rate"
 HEAD_TILE_ELEMENTS = {"cuda": 2**27, "cpu": 2**21}  # logits that exist at once; a CPU caches
 
 
@@ -322,7 +325,7 @@ def pack(lengths: list[int], budget: int, world_size: int) -> list[list[list[int
     of each rank as lists of indices into `lengths`. All ranks get the same number of rows, because
     every row is one round of collectives."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    n_rows = max(1, -(-sum(lengths) // budget))
+    n_rows = max(1, min(len(lengths), -(-sum(lengths) // budget)))
     while True:
         n_rows = -(-n_rows // world_size) * world_size  # a multiple of the ranks
         rows: list[list[int]] = [[] for _ in range(n_rows)]
@@ -361,31 +364,45 @@ def make_row(rollouts: Rollouts, sequences: list[int], device: torch.device) -> 
 # Models
 
 
+# Keywords of an attention call that change nothing, or say what a row says itself.
+NEUTRAL = {"position_ids", "use_cache", "output_router_logits", "cu_seq_lens_q", "cu_seq_lens_k",
+           "max_length_q", "max_length_k", "seq_idx"}  # fmt: skip
+
+
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    *, packed: Row, scaling: float | None = None, sliding_window: int | None = None, **_: Any,
+    *, packed: Row, scaling: float | None = None, sliding_window: int | None = None,
+    dropout: float = 0.0, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Computes causal attention within each sequence of a row; no [T, T] mask exists.
 
     query [1, heads, T, head_dim], key and value [1, kv_heads, T, head_dim]: the signature of
-    transformers' AttentionInterface. A GPU runs torch's own variable-length FlashAttention, a CPU
-    one fused call per sequence. Both are linear in the number of sequences."""
-    if sliding_window is not None:
-        raise UserError("packed rows do not support a sliding window; use another model")
+    transformers' AttentionInterface. sliding_window: tokens that a token sees, itself included. A
+    GPU runs torch's own variable-length FlashAttention, a CPU one fused call per sequence. Both are
+    linear in the number of sequences. Raises UserError for anything else, such as soft caps."""
+    others |= {"attention_mask": attention_mask, "dropout": dropout or None}
+    if refused := [k for k, v in others.items() if k not in NEUTRAL and v is not None]:
+        raise UserError(f"no {', '.join(refused)} in our attention")
     if not query.is_cuda:
-        attend = functools.partial(F.scaled_dot_product_attention, is_causal=True, scale=scaling)
-        grouped = query.shape[1] != key.shape[1]
-        parts = zip(*(x.split(packed.lengths, dim=2) for x in (query, key, value)), strict=True)
-        out = [attend(q, k, v, enable_gqa=grouped) for q, k, v in parts]
-        return torch.cat(out, dim=2).transpose(1, 2), None
+        attend = functools.partial(F.scaled_dot_product_attention, scale=scaling)
+        grouped, out = query.shape[1] != key.shape[1], []
+        for q, k, v in zip(*(x.split(packed.lengths, 2) for x in (query, key, value)), strict=True):
+            n, band = q.shape[2], None
+            if sliding_window and n > sliding_window:  # elsewhere it hides nothing
+                band = torch.ones(n, n, dtype=torch.bool).tril().triu(1 - sliding_window)
+            out.append(attend(q, k, v, band, is_causal=band is None, enable_gqa=grouped))
+        return torch.cat([o.transpose(1, 2) for o in out], dim=1), None
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, head_dim]
     known = inspect.signature(varlen_attn).parameters
     if "enable_gqa" not in known:  # torch 2.11 wants as many heads of keys as of queries
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    # torch 2.13 expresses "causal" by a window, torch 2.11 by a flag.
-    options = {"scale": scaling, "window_size": (-1, 0), "is_causal": True, "enable_gqa": True}
+    if sliding_window and "window_size" not in known:
+        raise UserError("this torch has no sliding window in packed rows")
+    # torch 2.13 expresses "causal" by a window (tokens before, tokens after), torch 2.11 by a flag.
+    options = {"scale": scaling, "window_size": ((sliding_window or 0) - 1, 0), "is_causal": True}
+    options |= {"enable_gqa": True}
     options = {name: value for name, value in options.items() if name in known}
     cu, longest = packed.cu_seqlens, max(packed.lengths)
     return varlen_attn(q, k, v, cu, cu, longest, longest, **options)[None], None
@@ -425,10 +442,28 @@ def from_pretrained(loader: Any, name: str, **kwargs: Any) -> Any:
 
 
 def load_tokenizer(name: str) -> Any:
-    """Loads the tokenizer of a model. Raises UserError."""
-    from transformers import AutoTokenizer
+    """Loads the tokenizer of a model; by its tokenizer.json alone where only so a text comes back
+    as it was. Raises UserError."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    return from_pretrained(AutoTokenizer, name)
+    given, text = from_pretrained(AutoTokenizer, name), "Is 1 + 2\n equal to 3?"
+    if text != given.decode(given(text, add_special_tokens=False).input_ids):
+        with contextlib.suppress(UserError):  # without a tokenizer.json
+            own = from_pretrained(PreTrainedTokenizerFast, name)
+            if text == own.decode(own(text, add_special_tokens=False).input_ids):
+                tqdm.write(f"{name}: {type(given).__name__} loses text, so tokenizer.json is taken")
+                return own
+    return given
+
+
+def text_config(name: str) -> Any:
+    """Returns the config of a model, of a wrapper with a vision tower that of its text model."""
+    from transformers import AutoConfig
+
+    whole = from_pretrained(AutoConfig, name)
+    config = whole.get_text_config(decoder=True)
+    config.tie_word_embeddings = getattr(whole, "tie_word_embeddings", config.tie_word_embeddings)
+    return config
 
 
 def load_lm(
@@ -436,48 +471,107 @@ def load_lm(
 ) -> nn.Module:
     """Loads a transformers causal LM without dropout, so that ratios start at exactly 1.
 
-    device: "meta" gives shapes without weights. attention: "packed", or transformers' own ("sdpa").
-    Raises UserError if the architecture has a part that the packed forward would leave out."""
-    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
+    device: "meta" gives shapes without weights. attention: "packed", or transformers' own ("sdpa"),
+    if the model lets it be chosen. Raises UserError if its files lack a matrix."""
+    from transformers import AttentionInterface, AutoModelForCausalLM, GenerationConfig
 
     AttentionInterface.register("packed", packed_attention)
-    kwargs = {"attn_implementation": attention, "dtype": dtype}
+    kwargs = {"attn_implementation": "eager", "dtype": dtype, "config": text_config(name)}
     if device.type != "meta":
-        lm = from_pretrained(AutoModelForCausalLM, name, **kwargs).to(device)
+        # The files of a wrapper have its text model's matrices under these names, new or old.
+        names = {r"^(model\.language_model|language_model\.model)\.": "model."}
+        names |= {r"^language_model\.lm_head\.": "lm_head."}
+        kwargs |= {"key_mapping": names, "output_loading_info": True}
+        lm, info = from_pretrained(AutoModelForCausalLM, name, **kwargs)
+        if missing := sorted(info["missing_keys"]):  # transformers fills it with random numbers
+            raise UserError(f"model '{name}': its files lack {missing[0]}; download them again")
+        lm._weight_conversions = None  # else it would be saved under the wrapper's names
+        lm.to(device)
     else:
         with device:
-            lm = AutoModelForCausalLM.from_config(from_pretrained(AutoConfig, name), **kwargs)
+            lm = AutoModelForCausalLM.from_config(**kwargs)
         if (model_folder(name) / "generation_config.json").is_file():  # it names every EOS token
             lm.generation_config = from_pretrained(GenerationConfig, name)
-    after_head = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-    left_out = [key for key in after_head if hasattr(lm.config, key)]
-    if getattr(lm.get_output_embeddings(), "bias", None) is not None:
-        left_out.append("bias of the output matrix")
-    if "sliding_attention" in (getattr(lm.config, "layer_types", None) or ()):
-        left_out.append("sliding_attention")
-    if attention == "packed" and left_out:
-        raise UserError(f"model '{name}': packed rows do not support {', '.join(left_out)}")
+    try:
+        lm.generation_config.validate(strict=True)
+    except ValueError:  # save_pretrained would refuse it
+        ids = {k: v for k, v in lm.generation_config.to_dict().items() if k.endswith("_token_id")}
+        lm.generation_config = GenerationConfig(**ids)
+    if not lm._supports_sdpa or getattr(lm.config, "attn_logit_softcapping", None):
+        attention = attention.replace("sdpa", "eager")  # sdpa leaves out sinks and soft caps
+    if lm._can_set_attn_implementation():
+        lm.set_attn_implementation(attention)
     return lm.eval()
 
 
+@dataclass(frozen=True, eq=False)
+class Output:
+    """Turns hidden states h into logits: cap tanh(x / cap), or x, of x = scale (h W^T + bias)."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None = None  # [V]
+    scale: float = 1.0
+    cap: float | None = None
+
+    def logits(self, hidden: Tensor, part: slice = slice(None)) -> Tensor:
+        """Computes the logits of a part of the vocabulary: [R, D] -> [R, part], in float32."""
+        x = _product(hidden, self.weight[part].T)
+        if self.bias is not None:
+            x += self.bias[part]
+        if self.scale != 1:
+            x *= self.scale
+        return x if self.cap is None else torch.tanh(x / self.cap) * self.cap
+
+
+# How a row is run: by which attention ("packed" is packed_attention, others are transformers' own),
+# and "alone" where it holds one sequence, because a state or a mask would run on into the next one.
+# check_policy tries them in this order, against transformers' own forward from tokens to logits.
+ALONE, OWN = ["packed alone", "sdpa alone", "eager alone"], "eager own"
+WAYS = {"cpu": ["packed", "sdpa", "eager", *ALONE],
+        "cuda": ["packed", "flex_attention", "flash_attention_2", *ALONE]}  # fmt: skip
+NOISE = {torch.float32: 1e-4, torch.bfloat16: 8e-2}  # nats between two right ways, mean of tokens
+
+
 class Policy(nn.Module):
-    """A causal LM that reads one packed row. It applies a head, a function of hidden states and
-    output matrix, inside the forward, because FSDP has gathered the matrix only there."""
+    """A causal LM that reads one row. It applies a head, a function of hidden states and output,
+    inside the forward, because FSDP has gathered the output matrix only there."""
 
     def __init__(self, lm: nn.Module) -> None:
         super().__init__()
-        self.lm = lm
+        self.lm, own = lm, lm.config._attn_implementation
+        self.way = "packed" if own == "packed" else f"{own} alone"
 
-    def forward(self, row: Row, head: Callable[[Tensor, Tensor], Any]) -> Any:
-        """Returns head(hidden [R, D], weight [V, D]); hidden[i] predicts response token i."""
-        body = self.lm.base_model(
-            input_ids=row.tokens[None],
-            position_ids=row.position_ids[None],
-            packed=row,
-            use_cache=False,  # a cache, even unused, makes transformers attend across sequences
-        )
+    def budget(self, tokens: int) -> int:
+        """Returns the token budget of a row: 1 if every sequence needs a row of its own."""
+        return 1 if self.way in ALONE else tokens
+
+    def forward(self, row: Row, head: Callable[[Tensor, Output], Any]) -> Any:
+        """Returns head(hidden [R, D], output); hidden[i] predicts response token i."""
+        # A cache, even unused, makes transformers attend across sequences.
+        inputs = {"input_ids": row.tokens[None], "use_cache": False}
+        if self.way == OWN:
+            logprobs = self.lm(**inputs).logits[0, row.response_index - 1].float().log_softmax(-1)
+            return logprobs.gather(-1, row.tokens[row.response_index, None]).unbind(-1)
+        if self.way.startswith("packed"):
+            inputs["packed"] = row
+        if self.way not in ALONE:
+            inputs["position_ids"] = row.position_ids[None]
+        elif len(row.lengths) > 1:
+            raise UserError(f"several sequences in a row, and the model runs {self.way}")
+        if self.way in ("packed", "flash_attention_2"):
+            # Where flash-attention and the fast kernels of recurrent layers look for boundaries.
+            inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), row.cu_seqlens)
+            inputs |= dict.fromkeys(("max_length_q", "max_length_k"), max(row.lengths))
+            inputs["seq_idx"] = (row.position_ids[None] == 0).cumsum(1, dtype=torch.int32) - 1
+        body = self.lm.base_model if self.lm.base_model is not self.lm else self.lm.model
+        hidden = body(**inputs).last_hidden_state[0]
+        config, matrix = vars(self.lm.config), self.lm.get_output_embeddings()
+        scale = config.get("logit_scale") or config.get("lm_head_multiplier") or 1.0
+        scale, cap = scale / config.get("logits_scaling", 1.0), config.get("logits_soft_cap")
+        cap = cap or config.get("final_logit_softcapping")
+        output = Output(matrix.weight, getattr(matrix, "bias", None), scale, cap)
         # The token before a response token predicts it; there is one, because no prompt is empty.
-        return head(body.last_hidden_state[0][row.response_index - 1], self.lm.lm_head.weight)
+        return head(hidden[row.response_index - 1], output)
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -490,7 +584,6 @@ def load_policy(name: str, ranks: Ranks, train: bool, checkpointing: bool = Fals
 
     With several ranks, and for training on a GPU, FSDP2 shards it, and every rank reads no more
     than its own shard. checkpointing: each block runs again in the backward pass."""
-    gc.collect()  # frees a policy that the caller has dropped: FSDP's modules refer to each other
     device, dtype = ranks.device, compute_dtype(ranks.device)
     sharded = ranks.world_size > 1 or (train and device.type == "cuda")
     where = torch.device("meta") if sharded else device
@@ -498,38 +591,60 @@ def load_policy(name: str, ranks: Ranks, train: bool, checkpointing: bool = Fals
     if checkpointing:
         from torch.utils.checkpoint import checkpoint
 
-        for block in policy.lm.base_model.layers:
+        for block in _blocks(policy.lm):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if sharded:
         _shard(policy, name, ranks)
     return policy
 
 
+def _blocks(lm: nn.Module) -> nn.ModuleList:
+    """Returns the decoder blocks, whatever their name: the list with the most parameters."""
+    lists = [m for m in lm.modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
+
+
 def _shard(policy: Policy, name: str, ranks: Ranks) -> None:
     """Wraps blocks, an untied embedding and the rest in FSDP2, and reads the shards from the files.
 
-    Raises UserError if the files' names or shapes are not those of transformers' module."""
+    Where the files have other names than transformers' module (a wrapper, experts one by one),
+    rank 0 reads the model and sends it. Raises UserError if shapes differ or a matrix is missing"""
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor.experimental import implicit_replication
 
-    units = [*policy.lm.base_model.layers]
-    if not policy.lm.config.tie_word_embeddings:  # a tied one is the root's output matrix
-        units.append(policy.lm.get_input_embeddings())
+    lm, folder = policy.lm, str(model_folder(name))
+    units, embedding = [*_blocks(lm)], lm.get_input_embeddings()
+    if embedding.weight is not lm.get_output_embeddings().weight:  # else it is the root's matrix
+        units.append(embedding)
     precision = MixedPrecisionPolicy(compute_dtype(ranks.device), reduce_dtype=torch.float32)
     for unit in [*units, policy]:
         # The root reshards too. After a forward without backward (scoring) it would otherwise stay
         # whole, and the optimizer would be built on tensors that soon vanish.
         fully_shard(unit, mp_policy=precision, reshard_after_forward=True)
     policy.to_empty(device=ranks.device)
-    weights = dict(policy.lm.named_parameters())  # a tied output matrix is in it once
+    for module in policy.modules():  # frequencies of rotary embeddings are computed, not stored
+        if module._non_persistent_buffers_set or not module._parameters:
+            with implicit_replication():
+                lm._init_weights(module)
+    named = dict([*lm.named_parameters(), *lm.named_buffers()])  # a tied matrix once
+    weights = {k: v for k, v in lm.state_dict().items() if k in named}
     try:
-        dcp.load(weights, storage_reader=dcp.HuggingFaceStorageReader(str(model_folder(name))))
+        reader = dcp.HuggingFaceStorageReader(folder)
+        stored = reader.read_metadata().state_dict_metadata.keys()
+        if "lm_head.weight" in stored - weights.keys():  # transformers would take it, unsharded
+            raise ValueError(
+                "they have an lm_head.weight, but config.json ties it to the embedding"
+            )
+        if weights.keys() <= stored:
+            return dcp.load(weights, storage_reader=reader)
     except (dcp.CheckpointException, RuntimeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
         raise UserError(f"model '{name}': cannot be read in shards ({reason})") from None
-    for module in policy.modules():  # frequencies of rotary embeddings are computed, not stored
-        if module._non_persistent_buffers_set:
-            policy.lm._init_weights(module)
+    dtype, options = embedding.weight.dtype, StateDictOptions(True, broadcast_from_rank0=True)
+    whole = load_lm(name, torch.device("cpu"), dtype).state_dict() if ranks.rank == 0 else {}
+    set_model_state_dict(lm, whole, options=options)
 
 
 def save_model(policy: Policy, tokenizer: Any, folder: Path, ranks: Ranks) -> None:
@@ -547,7 +662,8 @@ def save_model(policy: Policy, tokenizer: Any, folder: Path, ranks: Ranks) -> No
         # A tied matrix is stored once. After gathering, its two names no longer share memory.
         tied = dict(policy.named_parameters(remove_duplicate=False)).keys()
         tied -= dict(policy.named_parameters()).keys()
-        weights = {k.removeprefix("lm."): w.to(dtype) for k, w in weights.items() if k not in tied}
+        weights = {k.removeprefix("lm."): w for k, w in weights.items() if k not in tied}
+        weights = {k: w.to(dtype) if w.is_floating_point() else w for k, w in weights.items()}
         policy.lm.save_pretrained(temporary, state_dict=weights)
         config = read_json(temporary / "config.json") | {"dtype": str(dtype).removeprefix("torch.")}
         write_json(temporary / "config.json", config)  # not the dtype of the master weights
@@ -563,13 +679,13 @@ def save_model(policy: Policy, tokenizer: Any, folder: Path, ranks: Ranks) -> No
 # Token log-probs: log softmax(h W^T / temperature)[y] and the entropy, without whole logits
 
 
-def _tiles(hidden: Tensor, weight: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yields (first row, rows of the weight) for each tile of the vocabulary. On a CPU its logits
-    fit the cache; on a GPU it bounds memory, and tensor cores want a width of a multiple of 64."""
+def _tiles(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    """Yields the tiles of the vocabulary. On a CPU the logits of one fit the cache; on a GPU it
+    bounds memory, and tensor cores want a width of a multiple of 64."""
     size = max(1, HEAD_TILE_ELEMENTS[hidden.device.type] // max(1, len(hidden)))
     size = size // 64 * 64 or size
     for start in range(0, len(weight), size):
-        yield start, weight[start : start + size]
+        yield slice(start, min(start + size, len(weight)))
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -582,24 +698,25 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _HeadLogprobs(torch.autograd.Function):
-    """Computes log softmax(z)[y] and the entropy of softmax(z), z = hidden @ weight.T / T.
+    """Computes log softmax(z)[y] and the entropy of softmax(z), z = logits / T.
 
     Forward: log sum exp z, the mean of z under the softmax, and z[y], each put together from tiles.
     Backward: d log softmax(z)[y] / d z = onehot(y) - softmax(z), tile by tile again."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        tiles = list(_tiles(hidden, weight))
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float,
+        cap: float | None, targets: Tensor, temperature: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        output, tiles = Output(weight, bias, scale, cap), list(_tiles(hidden, weight))
         wide = torch.promote_types(hidden.dtype, torch.float32)
         # Allocated before the tiles: small tensors between them would keep their memory from reuse.
         log_sums, means = hidden.new_empty(2, len(tiles), len(hidden), dtype=wide)  # [tiles, R]
         chosen = hidden.new_zeros(len(hidden), dtype=wide)
-        for i, (start, rows) in enumerate(tiles):
-            z = _product(hidden, rows.T).div_(temperature)  # [R, tile]
-            at = (targets - start).clamp(0, len(rows) - 1)
-            chosen += z.gather(-1, at[:, None])[:, 0] * (at == targets - start)
+        for i, tile in enumerate(tiles):
+            z = output.logits(hidden, tile).div_(temperature)  # [R, tile]
+            at = (targets - tile.start).clamp(0, z.shape[1] - 1)
+            chosen += z.gather(-1, at[:, None])[:, 0] * (at == targets - tile.start)
             top = z.amax(-1, keepdim=True)
             exps = (z - top).exp_()
             total = exps.sum(-1)
@@ -607,50 +724,105 @@ class _HeadLogprobs(torch.autograd.Function):
             means[i] = exps.mul_(z).sum(-1) / total
         log_z = log_sums.logsumexp(0)
         entropy = log_z - ((log_sums - log_z).exp() * means).sum(0)
-        ctx.save_for_backward(hidden, weight, targets, log_z)
-        ctx.temperature = temperature
+        ctx.save_for_backward(hidden, weight, bias, targets, log_z)
+        ctx.numbers = scale, cap, temperature
         ctx.mark_non_differentiable(entropy)
         return chosen - log_z, entropy
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, log_z = ctx.saved_tensors
-        grad_weight = torch.empty_like(weight)
+        hidden, weight, bias, targets, log_z = ctx.saved_tensors
+        scale, cap, temperature = ctx.numbers
+        output = Output(weight, bias, scale, cap)
+        grad_weight, grad_bias = (x if x is None else torch.empty_like(x) for x in (weight, bias))
         grad_hidden = torch.zeros_like(hidden, dtype=log_z.dtype)
-        scale = (grad / ctx.temperature)[:, None]
-        for start, rows in _tiles(hidden, weight):
-            at = (targets - start).clamp(0, len(rows) - 1)[:, None]
-            onehot = scale * (at == targets[:, None] - start)
-            softmax = _product(hidden, rows.T).div_(ctx.temperature).sub_(log_z[:, None]).exp_()
-            grad_z = softmax.mul_(-scale).scatter_add_(-1, at, onehot)
+        grad = (grad * (scale / temperature))[:, None]
+        for tile in _tiles(hidden, weight):
+            z = output.logits(hidden, tile)
+            slope = None if cap is None else 1 - (z / cap).square()  # of cap tanh(x / cap)
+            at = (targets - tile.start).clamp(0, z.shape[1] - 1)[:, None]
+            onehot = grad * (at == targets[:, None] - tile.start)
+            softmax = z.div_(temperature).sub_(log_z[:, None]).exp_()
+            grad_x = softmax.mul_(-grad).scatter_add_(-1, at, onehot)
+            grad_x = grad_x if slope is None else grad_x.mul_(slope)
+            if bias is not None:
+                grad_bias[tile] = grad_x.sum(0)
             if hidden.is_cuda:  # so that the products below use the tensor cores
-                grad_z = grad_z.to(hidden.dtype)
-            grad_hidden += _product(grad_z, rows)
-            grad_weight[start : start + len(rows)] = _product(grad_z.T, hidden)
-        return grad_hidden.to(hidden.dtype), grad_weight, None, None
+                grad_x = grad_x.to(hidden.dtype)
+            grad_hidden += _product(grad_x, weight[tile])
+            grad_weight[tile] = _product(grad_x.T, hidden)
+        return grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None, None
 
 
 def head_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
+    hidden: Tensor, output: Output, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Returns log softmax(hidden @ weight.T / temperature)[target] and the entropy.
+    """Returns log softmax(logits / temperature)[target] and the entropy.
 
-    hidden [R, D], weight [V, D], targets [R] -> two [R], float32 (float64 stays). The logits exist
-    for one tile of the vocabulary at a time. The entropy carries no gradient."""
-    return _HeadLogprobs.apply(hidden, weight, targets, temperature)
+    hidden [R, D], targets [R] -> two [R], float32 (float64 stays). The logits exist for one tile of
+    the vocabulary at a time. The entropy carries no gradient."""
+    numbers = output.scale, output.cap, targets, temperature
+    return _HeadLogprobs.apply(hidden, output.weight, output.bias, *numbers)
 
 
 def row_logprobs(policy: Policy, row: Row, temperature: float) -> tuple[Tensor, Tensor]:
     """Returns the log-prob of each response token and the entropy there: two [R], float32."""
     targets = row.tokens[row.response_index]
-    return policy(row, lambda hidden, weight: head_logprobs(hidden, weight, targets, temperature))
+    return policy(row, lambda hidden, output: head_logprobs(hidden, output, targets, temperature))
 
 
-def check_tokens(policy: Policy, rollouts: Rollouts, name: str) -> None:
-    """Raises UserError if the rollouts have a token that the model's vocabulary lacks."""
-    size, (low, high) = policy.lm.get_input_embeddings().num_embeddings, rollouts.tokens.aminmax()
+@torch.no_grad()
+def check_policy(policy: Policy, rollouts: Rollouts, name: str, ranks: Ranks) -> None:
+    """Sets policy.way to the first way that gives the log-probs of transformers' own forward of one
+    sequence, in the same dtype; prints it, and what was wrong with those before it.
+
+    Compares pieces of the three longest sequences, 32 tokens around the start of the response.
+    Raises UserError if no way is right, or if a token is not in the vocabulary."""
+    lm, kind, wrong = policy.lm, policy.lm.config.model_type, ""
+    size, (low, high) = lm.get_input_embeddings().num_embeddings, rollouts.tokens.aminmax()
     if low < 0 or high >= size:
         raise UserError(f"{rollouts.path}: has tokens {low} to {high}, but '{name}' has {size}")
+    longest = rollouts.lengths.argsort(stable=True)[-3:]
+    starts = rollouts.cu_seqlens[longest] + (rollouts.prompt_lens[longest] - 8).clamp(min=0)
+    n = min(32, int((rollouts.cu_seqlens[longest + 1] - starts).min()))
+    pieces = {"cu_seqlens": torch.arange(len(longest) + 1) * n}
+    pieces["tokens"] = rollouts.tokens[(starts[:, None] + torch.arange(n)).flatten()]
+    pieces = dataclasses.replace(rollouts, prompt_lens=torch.ones_like(longest), **pieces)
+
+    def run(way: str) -> Tensor:
+        """Returns the log-probs of the pieces, run in this way."""
+        policy.way, attention = way, way.split()[0]
+        if lm._can_set_attn_implementation():
+            lm.set_attn_implementation(attention)
+        elif attention != "eager":
+            raise UserError("attention cannot be exchanged")
+        rows = [[0, 1, 2][: len(longest)]]
+        if way in (*ALONE, OWN):
+            rows = [[s] for s in rows[0]]
+        elif re.search("longrope|dynamic", str([vars(m).get("rope_type") for m in lm.modules()])):
+            raise UserError("rotary frequencies depend on the longest sequence of a row")
+        rows = [make_row(pieces, row, ranks.device) for row in rows]
+        return torch.cat([row_logprobs(policy, row, 1.0)[0] for row in rows])
+
+    with contextlib.ExitStack() as at_end:
+        # Windows of 8 tokens, so that pieces show whether they are honoured.
+        for values in [vars(x) for m in lm.modules() for x in (m, getattr(m, "config", m))]:
+            for key in [k for k in values if re.search("window(_size)?$|attention_chunk_size$", k)]:
+                if type(value := values[key]) is int and value > 8:
+                    at_end.callback(values.update, {key: value})
+                    values[key] = 8
+        if not (expected := run(OWN)).isfinite().all():
+            raise UserError(f"model '{name}': {NOT_FINITE}")
+        for way in WAYS[ranks.device.type]:
+            try:
+                gap = (run(way) - expected).abs().mean().item()
+                found = f"{gap:.0e} nats off"
+            except Exception as error:  # what a model does not support, it says in many ways
+                gap, found = math.inf, (str(error).splitlines() or [type(error).__name__])[0][:60]
+            if ranks.decide(lambda gap=gap: gap <= NOISE[compute_dtype(ranks.device)]):
+                return ranks.print(f"{name} ({kind}) runs {way}, {found}{wrong}")
+            wrong += "" if found in wrong else f"; {way}: {found}"
+    raise UserError(f"model '{name}': its type {kind} is not computed rightly{wrong}; use another")
 
 
 @torch.no_grad()
@@ -665,25 +837,29 @@ def score(name: str, rollouts: Rollouts, budget: int, ranks: Ranks) -> Tensor:
         "rollouts": fingerprint(rollouts.path),
         "temperature": check_sampling(rollouts, force=True),
         "dtype": str(compute_dtype(ranks.device)),
-        "attention": "packed",
     }
-    file = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16] + ".safetensors"
-    path, n_tokens = rollouts.path.parent / "logprobs" / file, len(rollouts.tokens)
-    if ranks.decide(path.is_file):
+    paths, n_tokens = {}, len(rollouts.tokens)
+    for way in WAYS[ranks.device.type]:
+        file = hashlib.sha256(json.dumps(key | {"attention": way}).encode()).hexdigest()[:16]
+        paths[way] = rollouts.path.parent / "logprobs" / f"{file}.safetensors"
+    if path := ranks.decide(lambda: next(filter(Path.is_file, paths.values()), None)):
         return take(load_tensors(path)[0], "logprobs", torch.float32, n_tokens, path)
     policy = load_policy(name, ranks, train=False)
-    check_tokens(policy, rollouts, name)
+    check_policy(policy, rollouts, name, ranks)
+    path, key, budget = paths[policy.way], key | {"attention": policy.way}, policy.budget(budget)
     result = torch.zeros(n_tokens)
     with progress(ranks, len(rollouts.rewards), 0, f"score {Path(name).name}") as bar:
         for members in pack(rollouts.lengths.tolist(), budget, ranks.world_size)[ranks.rank]:
             row = make_row(rollouts, members, ranks.device)
             result[row.flat] = row_logprobs(policy, row, key["temperature"])[0].float().cpu()
             bar.update(len(members) * ranks.world_size)
+    del policy
+    gc.collect()  # FSDP's modules refer to each other, and a policy to be trained needs the memory
     result = result.to(ranks.device)
     dist.all_reduce(result)
     result = result.cpu()
     if not result.isfinite().all():
-        raise UserError(f"model '{name}': its log-probs are not finite; train it with a lower rate")
+        raise UserError(f"model '{name}': {NOT_FINITE}")
     try:
         if ranks.rank == 0:
             save_tensors(path, {"logprobs": result}, key | {"name": name})

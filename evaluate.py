@@ -33,6 +33,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -56,9 +57,10 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from common import (  # isort: skip
-    ARRAYS, Policy, Ranks, Rollouts, UserError, atomic, compute_dtype, fingerprint, load_lm,
-    load_rollouts, load_tensors, load_tokenizer, make_row, model_folder, pack, progress,
-    read_json, require, run, save_tensors, start_run, write_json,
+    ARRAYS, NOISE, Output, Ranks, Rollouts, UserError, atomic, check_policy, compute_dtype,
+    fingerprint, load_lm, load_policy, load_rollouts, load_tensors, load_tokenizer, make_row,
+    model_folder, pack, progress, read_json, require, run, save_tensors, start_run, text_config,
+    write_json,
 )  # fmt: skip
 from verdict import Verdict, boxed_answer, check_pair, rewrite, verdict_of  # noqa: F401
 
@@ -240,18 +242,18 @@ def efficiency_over_problems(parts: dict[str, Part]) -> Mean:
 
 
 def policy_against_base(
-    policy: tuple[Tensor, Tensor], base: tuple[Tensor, Tensor], targets: Tensor
+    policy: tuple[Tensor, Output], base: tuple[Tensor, Output], targets: Tensor
 ) -> Tensor:
     """Exact KL(policy || base), its k1 estimate and the policy's entropy at R positions: [3, R].
 
-    policy, base: hidden states [R, D] and output matrix [V, D] each; targets [R]. Logits exist for
-    one chunk of positions at a time, in float32."""
-    (hidden, weight), (base_hidden, base_weight) = policy, base
-    size = max(1, LOGITS_AT_ONCE // len(weight))
+    policy, base: hidden states [R, D] and output each; targets [R]. Logits exist for one chunk of
+    positions at a time, in float32."""
+    (hidden, output), (base_hidden, base_output) = policy, base
+    size = max(1, LOGITS_AT_ONCE // len(output.weight))
     measured = []
     for chunk in torch.arange(len(targets), device=targets.device).split(size):
-        log_p = (hidden[chunk].float() @ weight.float().T).log_softmax(-1)  # [chunk, V]
-        log_q = (base_hidden[chunk].float() @ base_weight.float().T).log_softmax(-1)
+        log_p = output.logits(hidden[chunk]).log_softmax(-1)  # [chunk, V]
+        log_q = base_output.logits(base_hidden[chunk]).log_softmax(-1)
         probs, log_ratio = log_p.exp(), log_p - log_q
         kl = torch.linalg.vecdot(probs, log_ratio)
         k1 = log_ratio.gather(-1, targets[chunk, None])[:, 0]
@@ -348,6 +350,11 @@ def fill_chat(tokenizer: Any, messages: list[dict[str, str]], args: Args, **opti
     return tokenizer.apply_chat_template(messages, **options | {"tokenize": False})
 
 
+def letters(text: str) -> set[str]:
+    """Returns the characters of a text but spaces, as equal as a tokenizer may make them."""
+    return set("".join(unicodedata.normalize("NFKC", text).casefold().split()))
+
+
 def encode_prompts(tokenizer: Any, problems: list[Problem], args: Args) -> Prompts:
     """Encodes the prompts: --prompt-template filled, then the chat template where there is one.
 
@@ -376,6 +383,10 @@ def encode_prompts(tokenizer: Any, problems: list[Problem], args: Args) -> Promp
             ids.pop()  # some tokenizers end every text; a prompt continues
         if not ids:
             raise UserError(f"problem '{row['id']}': its prompt has no tokens")
+        shown = tokenizer.decode(ids)
+        if (lost := letters(text) - letters(shown)) or (" " in text and " " not in shown):
+            what = "".join(sorted(lost))[:20] or "all spaces"
+            raise UserError(f"problem '{row['id']}': the tokenizer loses {what}; use another model")
         prompts.append(ids)
     return prompts
 
@@ -477,15 +488,31 @@ def sample_batch(lm: Any, prompts: Prompts, eos: list[int], pad: int, args: Args
     return responses
 
 
+def padding_is_harmless(lm: Any, prompts: Prompts, eos: list[int], pad: int, args: Args) -> bool:
+    """Tells whether the shortest prompt has the same greedy response beside the longest, where it
+    is padded, as alone. Some recurrent layers take the padding into their state."""
+    short, long = min(prompts, key=len), max(prompts, key=len)
+    greedy = dataclasses.replace(args, temperature=0.0, max_new_tokens=4)
+    padded, _ = sample_batch(lm, [short, long], eos, pad, greedy)
+    (alone,) = sample_batch(lm, [short], eos, pad, greedy)
+    if not torch.equal(padded.tokens, alone.tokens):
+        return False
+    return (padded.logprobs - alone.logprobs).abs().max() < 10 * NOISE[compute_dtype(lm.device)]
+
+
 def sample_hf(prompts: Prompts, units: Units, args: Args, ranks: Ranks) -> Finished:
     """Yields each unit, a batch, as it is finished. Each batch has a random stream of its own, so
     its tokens do not depend on what was sampled before it."""
     tokenizer, eos = load_tokenizer(args.model), all_eos(args)
     lm = load_lm(args.model, ranks.device, compute_dtype(ranks.device), attention="sdpa")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
+    if not (pads := padding_is_harmless(lm, prompts, eos, pad, args)):
+        ranks.print(f"{args.model}: padding would change its samples; a batch has equal lengths")
     for unit, pairs in units.items():
         torch.manual_seed(stream_seed(args.seed, unit))
-        yield unit, sample_batch(lm, [prompts[problem] for problem, _ in pairs], eos, pad, args)
+        batch = [prompts[problem] for problem, _ in pairs]
+        groups = [batch] if pads else [[*g] for _, g in itertools.groupby(batch, len)]
+        yield unit, [r for group in groups for r in sample_batch(lm, group, eos, pad, args)]
 
 
 def start_vllm(longest: int, args: Args, ranks: Ranks) -> Any:
@@ -496,7 +523,7 @@ def start_vllm(longest: int, args: Args, ranks: Ranks) -> Any:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # else it reports to its makers
     from vllm import LLM
 
-    return LLM(
+    options = dict(
         model=str(model_folder(args.model)),
         dtype=str(compute_dtype(ranks.device)).removeprefix("torch."),
         skip_tokenizer_init=True,  # token ids in, token ids out
@@ -507,6 +534,11 @@ def start_vllm(longest: int, args: Args, ranks: Ranks) -> Any:
         gpu_memory_utilization=args.gpu_memory_utilization,
         kv_cache_memory_bytes=CPU_KV_CACHE if ranks.device.type == "cpu" else None,
     )
+    try:
+        return LLM(**options)
+    except ValueError as error:  # such as a family that this build of vLLM does not run
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"--engine vllm refuses {args.model} ({reason}); try hf") from None
 
 
 def sampling_params(problem: int, eos: list[int], args: Args) -> Any:
@@ -691,7 +723,7 @@ def load_base_run(args: Args, problems: list[Problem], prompts: Prompts) -> Roll
         if model == expected:
             return None
         raise UserError(f"--base {args.base}: evaluate it first, and name its folder: --base-run")
-    sizes = {read_json(model_folder(name) / "config.json").get("vocab_size") for name in names}
+    sizes = {text_config(name).vocab_size for name in names}
     if len(sizes) > 1:
         raise UserError(f"--base {args.base}: its vocabulary is not the model's; use one family")
     base, where = load_rollouts(args.base_run), f"--base-run {args.base_run}"
@@ -802,13 +834,16 @@ def measure_kl(args: Args, rollouts: Rollouts, ranks: Ranks) -> dict[str, Tensor
     n = len(rollouts.rewards)
     size = min(args.kl_samples or n, n)
     subset = torch.linspace(0, n - 1, size, dtype=torch.float64).round().long()
-    dtype = compute_dtype(ranks.device)
-    policy, base = (Policy(load_lm(m, ranks.device, dtype)) for m in (args.model, args.base))
+    policies, budget = [], args.micro_batch_tokens
+    for name in (args.model, args.base):
+        policies.append(load_policy(name, ranks, train=False))
+        check_policy(policies[-1], rollouts, name, ranks)
+        budget = policies[-1].budget(budget)
     sums = torch.zeros(3, n)
     with progress(ranks, len(subset), 0, "measure KL") as bar:
-        for members in pack(rollouts.lengths[subset].tolist(), args.micro_batch_tokens, 1)[0]:
+        for members in pack(rollouts.lengths[subset].tolist(), budget, 1)[0]:
             row = make_row(rollouts, subset[members].tolist(), ranks.device)
-            states = [model(row, lambda *state: state) for model in (policy, base)]
+            states = [policy(row, lambda *state: state) for policy in policies]
             values = policy_against_base(*states, row.tokens[row.response_index])  # [3, R]
             zeros = values.new_zeros(3, len(members))
             sums[:, row.sequences] = zeros.index_add(1, row.sequence_ids, values).cpu()

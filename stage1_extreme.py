@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import (  # isort: skip
-    MetricsLog, Ranks, Rollouts, UserError, check_sampling, check_tokens, epoch_batches,
+    MetricsLog, Ranks, Rollouts, UserError, check_policy, check_sampling, epoch_batches,
     load_checkpoint, load_policy, load_rollouts, load_tokenizer, make_optimizer, make_row, means,
     model_folder, optimizer_step, pack, progress, require, row_logprobs, run, save_checkpoint,
     save_model, score, setup_ranks, start_run, sum_and_count,
@@ -386,12 +386,13 @@ def main(args: Args) -> None:
     tokenizer = load_tokenizer(args.base)
     inputs = {"rollouts": rollouts.path, "base": model_folder(args.base)}
     inputs |= {"init": model_folder(start)}
+    policy = load_policy(start, ranks, train=True, checkpointing=args.activation_checkpointing)
+    check_policy(policy, rollouts, start, ranks)
+    budget = policy.budget(args.micro_batch_tokens)
     if not start_run(args.output, args, inputs, ranks):  # all input is checked before this
         return
     base_logprobs = score(args.base, rollouts, args.micro_batch_tokens, ranks)  # [N]
     check_sampler(base_logprobs, rollouts, args.max_noise, ranks)
-    policy = load_policy(start, ranks, train=True, checkpointing=args.activation_checkpointing)
-    check_tokens(policy, rollouts, start)
     optimizer = make_optimizer(policy, args.learning_rate, args.weight_decay)
     state = load_checkpoint(args.output, policy, optimizer, ranks) or {"step": 0}
     log = MetricsLog(args.output, state["step"], ranks, args.tensorboard)
@@ -402,7 +403,7 @@ def main(args: Args) -> None:
         epoch, within = divmod(step - 1, steps_per_epoch)
         batch = epoch_batches(n_responses, args.batch_size, args.seed, epoch)[within]
         lengths = rollouts.lengths[batch].tolist()
-        rows = pack(lengths, args.micro_batch_tokens, ranks.world_size)[ranks.rank]
+        rows = pack(lengths, budget, ranks.world_size)[ranks.rank]
 
         # Losses are sums. One count over the whole batch divides them, so that neither the number
         # of rows nor that of ranks changes the objective.

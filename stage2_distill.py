@@ -48,7 +48,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common import (  # isort: skip
-    MetricsLog, Policy, Ranks, Rollouts, UserError, check_sampling, check_tokens, epoch_batches,
+    MetricsLog, Policy, Ranks, Rollouts, UserError, check_policy, check_sampling, epoch_batches,
     fingerprint, load_checkpoint, load_policy, load_rollouts, load_tensors, load_tokenizer,
     make_optimizer, make_row, means, model_folder, optimizer_step, pack, progress, read_json,
     require, row_logprobs, run, save_checkpoint, save_model, setup_ranks, start_run,
@@ -379,8 +379,8 @@ def measure(
     place = taken.cumsum(0) - 1  # [N]: of the H tokens
     log_ratio = torch.zeros(int(taken.sum()), device=ranks.device)
     temperature = check_sampling(rollouts, force=True)
-    lengths = rollouts.lengths[held_out].tolist()
-    for members in pack(lengths, args.micro_batch_tokens, ranks.world_size)[ranks.rank]:
+    lengths, budget = rollouts.lengths[held_out].tolist(), policy.budget(args.micro_batch_tokens)
+    for members in pack(lengths, budget, ranks.world_size)[ranks.rank]:
         row = make_row(rollouts, held_out[members].tolist(), ranks.device)
         base = base_logprobs[row.flat].to(ranks.device)
         at = place[row.flat].to(ranks.device)
@@ -443,11 +443,12 @@ def main(args: Args) -> None:
     tokenizer = load_tokenizer(args.base)
     inputs = {"rollouts": rollouts.path, "base": model_folder(args.base)}
     inputs |= {"init": model_folder(start), "signals": args.signals}
+    policy = load_policy(start, ranks, train=True, checkpointing=args.activation_checkpointing)
+    check_policy(policy, rollouts, start, ranks)
+    budget = policy.budget(args.micro_batch_tokens)
     if not start_run(args.output, args, inputs, ranks):  # all input is checked before this
         return
     print_targets(args, signal, target, rollouts, ranks)
-    policy = load_policy(start, ranks, train=True, checkpointing=args.activation_checkpointing)
-    check_tokens(policy, rollouts, start)
     optimizer = make_optimizer(policy, args.learning_rate, args.weight_decay)
     state = load_checkpoint(args.output, policy, optimizer, ranks) or {"step": 0}
     watched = (policy, rollouts, held_out, base_logprobs, target, args, ranks)
@@ -469,7 +470,7 @@ def main(args: Args) -> None:
         epoch, within = divmod(step - 1, steps_per_epoch)
         batch = trained[epoch_batches(len(trained), args.batch_size, args.seed, epoch)[within]]
         lengths = rollouts.lengths[batch].tolist()
-        rows = pack(lengths, args.micro_batch_tokens, ranks.world_size)[ranks.rank]
+        rows = pack(lengths, budget, ranks.world_size)[ranks.rank]
 
         # Losses are sums. One count over the whole batch divides them, so that neither the number
         # of rows nor that of ranks changes the objective.

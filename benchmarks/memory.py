@@ -96,6 +96,7 @@ class Shape:
 
 def read_shape(config: dict[str, Any]) -> Shape:
     """Reads the shape from the contents of a config.json of transformers."""
+    config = config.get("text_config", config)  # of a wrapper with a vision tower
     heads = config["num_attention_heads"]
     return Shape(
         layers=config["num_hidden_layers"],

@@ -218,7 +218,7 @@ def head(kind: str, positions: int, hidden: int, vocabulary: int, steps: int) ->
     ones = torch.ones(positions)
 
     def tiled() -> None:
-        common.head_logprobs(h, weight, targets, 1.0)[0].backward(ones)
+        common.head_logprobs(h, common.Output(weight), targets, 1.0)[0].backward(ones)
 
     def whole() -> None:
         logprobs = F.linear(h, weight).log_softmax(-1)

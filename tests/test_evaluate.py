@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import common
 import evaluate
@@ -193,6 +193,24 @@ def test_the_token_that_ends_turns_ends_responses(tmp_path, capsys):
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert set(evaluate.all_eos(make_args(model=str(tmp_path)))) == ends | {end}
     assert "note: <|im_end|>" in capsys.readouterr().out
+
+
+def test_a_tokenizer_that_loses_text_is_mended_by_its_file_or_refused(tokenizer, tmp_path, capsys):
+    """Some folders name a class that puts another pre-tokenizer in the place of the file's own."""
+    byte_tokenizer(WITH_BOS, bos=True).save_pretrained(tmp_path)
+    config = common.read_json(tmp_path / "tokenizer_config.json")
+    common.write_json(
+        tmp_path / "tokenizer_config.json", config | {"tokenizer_class": "LlamaTokenizerFast"}
+    )
+    common.write_json(tmp_path / "config.json", {"model_type": "llama"})
+    broken = AutoTokenizer.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="problem 'a': the tokenizer loses all spaces"):
+        prompt_text(broken, problem="1 + 1?")
+    mended = common.load_tokenizer(str(tmp_path))
+    assert "tokenizer.json is taken" in capsys.readouterr().out
+    assert "1 + 1?" in prompt_text(mended, problem="1 + 1?")
+    with pytest.raises(UserError, match="problem 'a': the tokenizer loses €"):
+        prompt_text(tokenizer, problem="€ 1+1", no_chat_template=True)
 
 
 def test_answers_of_truncated_responses_and_of_opened_thoughts():

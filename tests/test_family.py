@@ -20,6 +20,7 @@ from objectives import BAPO_BOUNDS, OBJECTIVES, OPTIONS, with_options
 from test_losses import PATHS, double, inputs
 
 import common
+from common import Output
 
 
 def arguments(**changes):
@@ -253,11 +254,12 @@ def test_divergences_equal_the_naive_formulas(chunk, monkeypatch):
     torch.manual_seed(0)
     shapes = ((9, 4), (7, 4), (9, 5), (7, 5))
     heads = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    p, q = ((h @ w.T / 1.3).softmax(-1) for h, w in (heads[:2], heads[2:]))
-    pair, m, along = (heads[:2], heads[2:], 1.3), 0.3 * p + 0.7 * q, torch.randn(9).double()
+    p, q = ((3 * (h @ w.T / 3).tanh() / 1.3).softmax(-1) for h, w in (heads[:2], heads[2:]))
+    teacher, student = ((h, Output(w, cap=3.0)) for h, w in (heads[:2], heads[2:]))
+    pair, m, along = (teacher, student, 1.3), 0.3 * p + 0.7 * q, torch.randn(9).double()
     stored = []
     for k in range(1, 7):
-        ids, logprobs = divergences.topk_logprobs(*heads[:2], 1.3, k)
+        ids, logprobs = divergences.topk_logprobs(*teacher, 1.3, k)
         stored.append(divergences.topk((ids.int(), logprobs), *pair[1:]))
     # At k = 1 there are two outcomes, the likeliest token and any other.
     best = p.argmax(-1, keepdim=True)
@@ -274,10 +276,11 @@ def test_divergences_equal_the_naive_formulas(chunk, monkeypatch):
         of_exact = torch.autograd.grad(exact @ along, heads[2:], retain_graph=True)
         assert all(torch.allclose(a, b) for a, b in zip(of_value, of_exact, strict=True))
     assert all((a <= b + 1e-12).all() for a, b in zip(stored, stored[1:], strict=False))
-    none = divergences.forward_kl((heads[0][:0], heads[1]), (heads[2][:0], heads[3]), 1)
+    none = divergences.forward_kl((heads[0][:0], teacher[1]), (heads[2][:0], student[1]), 1)
     assert none.numel() == 0
     # In float32 1 - (1 - 1e-9) is 0; the sum over the rest is not.
-    _, tail = divergences.topk_logprobs(torch.tensor([[0.0, -21.0, -22.0]]), torch.eye(3), 1.0, 1)
+    sure, eye = torch.tensor([[0.0, -21.0, -22.0]]), Output(torch.eye(3))
+    _, tail = divergences.topk_logprobs(sure, eye, 1.0, 1)
     assert tail[0, 1].item() == pytest.approx(math.log(math.exp(-21) + math.exp(-22)), rel=1e-5)
 
 

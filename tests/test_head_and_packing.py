@@ -6,14 +6,12 @@ import hashlib
 import random
 import re
 
-import checks
 import pytest
 import tiny
 import torch
-from transformers import PhiConfig, PhiForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import common
-from common import head_logprobs, make_row, pack, row_logprobs
+from common import Output, head_logprobs, make_row, pack, row_logprobs
 
 V, D = 11, 6
 
@@ -26,9 +24,11 @@ def head_inputs(n=13, dtype=torch.float64):
     return hidden, weight, torch.randint(V, (n,))
 
 
-def plain_head(hidden, weight, targets, temperature):
+def plain_head(hidden, weight, targets, temperature, bias=0.0, scale=1.0, cap=None):
     """The same through whole logits."""
-    logprobs = (hidden @ weight.T / temperature).log_softmax(-1)
+    logits = scale * (hidden @ weight.T + bias)
+    logits = logits if cap is None else cap * (logits / cap).tanh()
+    logprobs = (logits / temperature).log_softmax(-1)
     return logprobs.gather(-1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
 
 
@@ -42,18 +42,30 @@ def tiles(request, monkeypatch):
 # The head
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
+@pytest.mark.parametrize("after", [{}, {"scale": 0.4}, {"cap": 2.0}, {"scale": 3.0, "cap": 1.5}])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_head_equals_log_softmax(temperature, dtype, close, tiles):
+def test_head_equals_log_softmax(temperature, dtype, close, has_bias, after, tiles):
     hidden, weight, targets = head_inputs(dtype=dtype)
-    logprobs, entropy = head_logprobs(hidden, weight, targets, temperature)
-    expected, expected_entropy = plain_head(hidden, weight, targets, temperature)
+    bias = torch.randn(V, dtype=dtype, requires_grad=True) if has_bias else None
+    given = (hidden, weight, bias) if has_bias else (hidden, weight)
+    output = Output(weight, bias, **after)
+    logprobs, entropy = head_logprobs(hidden, output, targets, temperature)
+    plain = after | ({"bias": bias} if has_bias else {})
+    expected, expected_entropy = plain_head(hidden, weight, targets, temperature, **plain)
+    torch.testing.assert_close(
+        (output.logits(hidden) / temperature).log_softmax(-1).gather(-1, targets[:, None])[:, 0],
+        expected,
+        atol=close,
+        rtol=close,
+    )
     tolerance = {"atol": close, "rtol": close}
     torch.testing.assert_close(logprobs, expected, **tolerance)
     torch.testing.assert_close(entropy, expected_entropy, **tolerance)
     assert not entropy.requires_grad
     along = torch.randn(len(targets), dtype=dtype)
-    found, wanted = (torch.autograd.grad(x @ along, (hidden, weight)) for x in (logprobs, expected))
+    found, wanted = (torch.autograd.grad(x @ along, given) for x in (logprobs, expected))
     torch.testing.assert_close(found, wanted, **tolerance)
 
 
@@ -65,16 +77,15 @@ def test_tiles_have_widths_for_tensor_cores(monkeypatch):
     for (width, n), widths in (expected | {(128, 1): [128] * 3 + [116]}).items():
         monkeypatch.setitem(common.HEAD_TILE_ELEMENTS, "cpu", width * n)
         tiles = [*common._tiles(torch.randn(n, D), weight)]
-        assert [len(rows) for _, rows in tiles] == widths
-        assert torch.equal(torch.cat([rows for _, rows in tiles]), weight)
-        assert [start for start, _ in tiles] == [sum(widths[:i]) for i in range(len(widths))]
+        assert [tile.stop - tile.start for tile in tiles] == widths
+        assert torch.equal(torch.cat([weight[tile] for tile in tiles]), weight)
 
 
 def test_head_in_bfloat16_rounds_only_its_inputs(tiles):
     """Logits and log-softmax are float32: a bfloat16 log-softmax would be off by 1e-2."""
     hidden, weight, targets = head_inputs(dtype=torch.bfloat16)
     wide = [x.detach().float().requires_grad_() for x in (hidden, weight)]
-    found = head_logprobs(hidden, weight, targets, 0.7)
+    found = head_logprobs(hidden, Output(weight), targets, 0.7)
     expected = plain_head(*wide, targets, 0.7)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     found[0].sum().backward()
@@ -87,13 +98,13 @@ def test_head_in_bfloat16_rounds_only_its_inputs(tiles):
 def test_head_with_extreme_logits_and_without_rows(tiles):
     hidden, weight, targets = head_inputs()
     before = [x.detach().clone() for x in (hidden, weight, targets)]
-    logprobs, entropy = head_logprobs(hidden * 1e4, weight, targets, 1.0)
+    logprobs, entropy = head_logprobs(hidden * 1e4, Output(weight), targets, 1.0)
     logprobs.sum().backward()
     assert all(x.isfinite().all() for x in (logprobs, entropy, hidden.grad, weight.grad))
     assert logprobs.min() < -1e3 and (entropy >= -1e-9).all()
     assert all(map(torch.equal, before, (hidden, weight, targets)))  # nothing is computed in place
     weight.grad = None
-    logprobs, entropy = head_logprobs(hidden[:0], weight, targets[:0], 1.0)
+    logprobs, entropy = head_logprobs(hidden[:0], Output(weight), targets[:0], 1.0)
     (logprobs.sum() + entropy.sum()).backward()
     assert logprobs.shape == entropy.shape == (0,) and (weight.grad == 0).all()
 
@@ -164,32 +175,6 @@ def test_epochs_visit_every_response_once_in_orders_of_their_own():
     assert begun == [[0, 2], [1, 3], [4]]
 
 
-# --------------------------------------------------------------------------------------------------
-# The packed forward against transformers' own, one sequence at a time
-
-
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
-def test_packed_equals_one_sequence_at_a_time(architecture, training, rollouts, tmp_path):
-    tiny.make_lm(3, 40, architecture).save_pretrained(tmp_path)
-    ours = common.load_lm(str(tmp_path), tiny.CPU, torch.float32).train(training)
-    plain = common.load_lm(str(tmp_path), tiny.CPU, torch.float32, attention="sdpa").train(training)
-    assert (ours.lm_head.weight is ours.base_model.embed_tokens.weight) == (architecture == "qwen3")
-    chosen = [3, 0, 8, 19, 12, 1]
-    row = make_row(rollouts, chosen, tiny.CPU)
-    logprobs, entropy = row_logprobs(common.Policy(ours), row, 0.8)
-    pairs = [checks.plain_logprobs(plain, rollouts, s, 0.8) for s in chosen]
-    expected, entropies = (torch.cat(part) for part in zip(*pairs, strict=True))
-    torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(entropy, entropies, atol=1e-5, rtol=1e-5)
-    assert expected.std() > 0.3  # a forward that ignored its input would not do
-    along = torch.randn(len(expected))
-    (logprobs @ along).backward()
-    (expected @ along).backward()
-    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-4)
-
-
 def test_a_row_without_sequences_takes_part_and_adds_nothing(policy, rollouts):
     row = make_row(rollouts, [], tiny.CPU)
     assert len(row.tokens) == rollouts.lengths[0]
@@ -207,28 +192,28 @@ class OnGPU(torch.Tensor):
     is_cuda = True
 
 
-@pytest.mark.parametrize("version", ["2.13", "2.11"])
-def test_attention_on_a_gpu_calls_torchs_varlen_as_it_is(version, rollouts, monkeypatch):
+@pytest.mark.parametrize(("version", "window"), [("2.13", None), ("2.13", 3), ("2.11", None)])
+def test_attention_on_a_gpu_calls_torchs_varlen_as_it_is(version, window, rollouts, monkeypatch):
     """The function is replaced by a loop; both of its signatures must get causal attention."""
     row = make_row(rollouts, [3, 8, 0], tiny.CPU)
     n = len(row.tokens)
     query, key, value = torch.randn(1, 4, n, 8), torch.randn(1, 2, n, 8), torch.randn(1, 2, n, 8)
 
-    def loop(q, k, v, cu, cu_k, longest, longest_k, scale):
+    def loop(q, k, v, cu, cu_k, longest, longest_k, scale, before=-1):
         assert torch.equal(cu, cu_k) and longest == longest_k == max(row.lengths)
         parts = []
         for a, b in zip(cu.tolist(), cu.tolist()[1:], strict=False):
             logits = torch.einsum("qhd,khd->hqk", q[a:b], k[a:b]) * scale
             mask = torch.ones(b - a, b - a).tril() == 0
+            mask |= torch.ones(b - a, b - a).tril(-1 - before) == 1 if before >= 0 else mask
             weights = logits.masked_fill(mask, -torch.inf).softmax(-1)
             parts.append(torch.einsum("hqk,khd->qhd", weights, v[a:b]))
         return torch.cat(parts)
 
     def new(q, k, v, cu, cu_k, m, m_k, *, scale=1, window_size=(-1, -1), enable_gqa=False):
-        assert enable_gqa and window_size == (-1, 0)
-        return loop(
-            q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), cu, cu_k, m, m_k, scale
-        )
+        assert enable_gqa and window_size[1] == 0
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        return loop(q, k, v, cu, cu_k, m, m_k, scale, window_size[0])
 
     def old(q, k, v, cu, cu_k, m, m_k, is_causal=False, *, scale=1):
         assert is_causal
@@ -236,26 +221,12 @@ def test_attention_on_a_gpu_calls_torchs_varlen_as_it_is(version, rollouts, monk
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", new if version == "2.13" else old)
     found, expected = (
-        common.packed_attention(None, q, key, value, None, packed=row, scaling=0.3)[0]
+        common.packed_attention(
+            None, q, key, value, None, packed=row, scaling=0.3, sliding_window=window
+        )[0]
         for q in (query.as_subclass(OnGPU), query)
     )
     torch.testing.assert_close(torch.Tensor(found), expected)
-
-
-def test_models_with_parts_that_the_packed_forward_lacks_are_refused(tmp_path):
-    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-    sliding = dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)
-    phi = PhiForCausalLM(PhiConfig(vocab_size=40, **shape))  # its output matrix has a bias
-    qwen3 = Qwen3ForCausalLM(Qwen3Config(vocab_size=40, head_dim=8, **shape, **sliding))
-    scaled = tiny.make_lm(0, 40)
-    scaled.config.logit_scale = 0.1
-    for lm, word in [(phi, "bias"), (qwen3, "sliding_attention"), (scaled, "logit_scale")]:
-        lm.save_pretrained(tmp_path / word)
-        with pytest.raises(common.UserError, match=word):
-            common.load_lm(str(tmp_path / word), tiny.CPU, torch.float32)
-        common.load_lm(str(tmp_path / word), tiny.CPU, torch.float32, attention="sdpa")
-    with pytest.raises(common.UserError, match="window"):
-        common.packed_attention(None, *torch.zeros(3), None, packed=None, sliding_window=4)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import test_pipeline as pipeline
 import tiny
 import torch
 from test_pipeline import assert_same_files
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import build_signals
 import common
@@ -89,32 +89,6 @@ def test_a_checkpoint_before_the_first_step_counts_none(model_folders, ranks, tm
     assert {state["step"].item() for state in optimizer.state.values()} == {0}
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
-def test_sharded_models_are_read_from_their_files(
-    architecture, llama, model_folders, rollouts, ranks
-):
-    """With two ranks pretended, FSDP runs on the one that there is."""
-    name = llama if architecture == "llama" else model_folders[0]
-    two = dataclasses.replace(ranks, world_size=2)
-    sharded = common.load_policy(name, two, train=True, checkpointing=True)
-    plain = common.Policy(AutoModelForCausalLM.from_pretrained(name))
-    for tensors in ("named_parameters", "named_buffers"):
-        ours, theirs = (dict(getattr(policy, tensors)()) for policy in (sharded, plain))
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(full(ours[key]), theirs[key]) for key in theirs)
-    plain.lm.set_attn_implementation("packed")
-    row = common.make_row(rollouts, [0, 1, 5], tiny.CPU)
-    for policy in (sharded, plain):
-        common.row_logprobs(policy, row, 1.0)[0].sum().backward()
-    for ours, theirs in zip(sharded.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(full(ours.grad), theirs.grad, rtol=1e-4, atol=1e-4)
-
-
-def full(tensor):
-    """Returns the whole of a sharded tensor, or the tensor as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 # --------------------------------------------------------------------------------------------------
 # Processes of their own: two ranks, and kill -9
 
@@ -151,13 +125,17 @@ def two(tmp_path_factory, llama, model_folders):
     """The same at the two ranks of one torchrun."""
     folder = tmp_path_factory.mktemp("two")
     runs = runs_in(folder, llama, model_folders).values()
-    jobs = [[type(args).__module__, pipeline.flags(args)] for args in runs]
-    common.write_json(folder / "jobs.json", jobs)
+    at_two_ranks(runs, folder / "jobs.json")
+    return folder
+
+
+def at_two_ranks(runs, path):
+    """Runs scripts by their arguments, one after the other, at the two ranks of one torchrun."""
+    common.write_json(path, [[type(args).__module__, pipeline.flags(args)] for args in runs])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command = [*launch, "2", "--", ROOT / "tests" / "two_ranks.py", folder / "jobs.json"]
+    command = [*launch, "2", "--", ROOT / "tests" / "two_ranks.py", path]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
-    return folder
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import make_base
 import numpy as np
 import psutil
 import pytest
+import test_families as families
 import torch
 import vllm  # noqa: F401  (where it is missing this must fail, not skip)
 from test_sampling import start
@@ -255,3 +256,24 @@ def test_the_judge_asks_vllm_serve(folder, sampled, tmp_path):
     ended = (~sampled.truncated).sum().item()
     assert ended / 2 < len(asked) <= ended and any(row["words"] for row in asked)
     assert {row["verdict"] for row in asked} == {"unclear"}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_5_text"])
+def test_models_of_the_papers_other_families_as_we_save_them(kind, folder):
+    """Qwen3.5 is refused: its module imports torchvision, which does not load beside this torch."""
+    shape = dict(head_dim=32, num_attention_heads=2, num_key_value_heads=1)
+    shape |= {} if kind == "llama" else families.DELTA | dict(linear_key_head_dim=32)
+    tokenizer, ranks, saved = make_base.make_tokenizer(), common.setup_ranks(), folder / kind
+    base = families.save(folder / f"base-{kind}", tokenizer, kind, shape)
+    common.save_model(common.load_policy(base, ranks, train=True), tokenizer, saved, ranks)
+    args = command(folder, f"sampled-{kind}", model=str(saved), n=4)
+    process = start(args, **ENVIRONMENT)
+    printed, code = process.communicate()[0], process.returncode
+    if kind == "qwen3_5_text":
+        assert code == 2 and "No module named 'torchvision'" in printed, printed[-20000:]
+        assert f"error: --engine vllm refuses {saved} (" in printed
+        return
+    assert code == 0, printed[-20000:]
+    made = common.load_rollouts(args.output)
+    gap = made.sampler_logprobs - common.score(str(saved), made, 8192, ranks)
+    assert gap[made.response_mask].abs().max() < 1e-4

@@ -13,7 +13,13 @@ from pathlib import Path
 import make_base
 import scribe
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AttentionInterface,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import build_signals
 import common
@@ -93,6 +99,8 @@ def teach(lm, tokenizer, prompts, responses):
 
     pairs = [(ids(p), [*ids(r), tokenizer.eos_token_id]) for p in prompts for r in responses]
     rollouts = make_rollouts("taught", pairs, [0.0] * len(pairs), [0] * len(pairs))
+    AttentionInterface.register("packed", common.packed_attention)
+    lm.set_attn_implementation("packed")
     fit(common.Policy(lm), rollouts, 80)
 
 

@@ -1,9 +1,9 @@
 """Divergences between a teacher and the student at each prefix, for the clones of stage2.py.
 
 Each takes what is known of the teacher at R positions, the student's hidden states [R, D] and
-output matrix [V, D], and the temperature. It returns [R] nats, with gradients for the student. The
-logits are made for a few positions at a time and made again in the backward pass, so [R, V] never
-exists.
+output (its matrix and what comes after the product), and the temperature. It returns [R] nats, with
+gradients for the student. The logits are made for a few positions at a time and made again in the
+backward pass, so [R, V] never exists.
 
     forward_kl, reverse_kl  KL(T || S) and KL(S || T) over the whole vocabulary
     jsd                     beta KL(T || M) + (1 - beta) KL(S || M), M = beta T + (1 - beta) S
@@ -24,9 +24,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from common import Output
+
 CHUNK_ELEMENTS = 2**27  # logits held at once: 512 MiB in float32
 
-Head = tuple[Tensor, Tensor]  # hidden [R, D] and weight [V, D]: logits are their product
+Head = tuple[Tensor, Output]  # hidden states [R, D] and what turns them into logits [R, V]
 
 
 def head_chunks(vocabulary: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -41,10 +43,9 @@ def in_chunks(chunk: Callable[..., Tensor], vocabulary: int, *tensors: Tensor) -
     return torch.cat([checkpoint(chunk, *part, use_reentrant=False) for part in parts])
 
 
-def head_logprobs(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+def head_logprobs(hidden: Tensor, output: Output, temperature: float) -> Tensor:
     """Computes log-probs of the whole vocabulary in float32 (float64 stays): [r, D] -> [r, V]."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    return (hidden.to(wide) @ weight.to(wide).T / temperature).log_softmax(-1)
+    return (output.logits(hidden) / temperature).log_softmax(-1)
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -54,18 +55,18 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def jsd(teacher: Head, student: Head, temperature: float, jsd_beta: float) -> Tensor:
     """Generalized Jensen-Shannon divergence over the whole vocabulary: [R] nats."""
-    (t_hidden, t_weight), (s_hidden, s_weight) = teacher, student
+    (t_hidden, t_output), (s_hidden, s_output) = teacher, student
 
     def chunk(t: Tensor, s: Tensor) -> Tensor:
         """Computes it at some positions."""
-        log_t = head_logprobs(t, t_weight, temperature)
-        log_s = head_logprobs(s, s_weight, temperature)
+        log_t = head_logprobs(t, t_output, temperature)
+        log_s = head_logprobs(s, s_output, temperature)
         if jsd_beta in (0, 1):
             return kl(log_t, log_s) if jsd_beta == 0 else kl(log_s, log_t)
         log_m = torch.logaddexp(log_t + math.log(jsd_beta), log_s + math.log(1 - jsd_beta))
         return jsd_beta * kl(log_t, log_m) + (1 - jsd_beta) * kl(log_s, log_m)
 
-    return in_chunks(chunk, len(s_weight), t_hidden, s_hidden)
+    return in_chunks(chunk, len(s_output.weight), t_hidden, s_hidden)
 
 
 def forward_kl(teacher: Head, student: Head, temperature: float) -> Tensor:
@@ -79,13 +80,13 @@ def reverse_kl(teacher: Head, student: Head, temperature: float) -> Tensor:
 
 
 def topk_logprobs(
-    hidden: Tensor, weight: Tensor, temperature: float, k: int
+    hidden: Tensor, output: Output, temperature: float, k: int
 ) -> tuple[Tensor, Tensor]:
     """Finds the k likeliest tokens at each position, [R, k] int64, and log-probs, [R, k + 1]: those
     of these tokens, and the one of all other tokens together."""
     ids, logprobs = [], []
-    for (part,) in head_chunks(len(weight), hidden):
-        log_t = head_logprobs(part, weight, temperature)
+    for (part,) in head_chunks(len(output.weight), hidden):
+        log_t = head_logprobs(part, output, temperature)
         top = log_t.topk(k).indices
         ids.append(top)
         logprobs.append(buckets(log_t, top))
@@ -110,4 +111,4 @@ def topk(teacher: tuple[Tensor, Tensor], student: Head, temperature: float) -> T
         log_s = buckets(head_logprobs(hidden, student[1], temperature), ids.long())
         return kl(log_t, log_s)
 
-    return in_chunks(chunk, len(student[1]), *teacher, student[0])
+    return in_chunks(chunk, len(student[1].weight), *teacher, student[0])

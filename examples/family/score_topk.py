@@ -13,7 +13,6 @@ Writes  OUTPUT (.safetensors): topk_ids int32 [N, k] and topk_logprobs float32 [
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from common import (
     Ranks,
     Rollouts,
     UserError,
+    check_policy,
     check_sampling,
     fingerprint,
     load_policy,
@@ -38,11 +38,11 @@ from common import (
     model_folder,
     pack,
     progress,
-    read_json,
     require,
     run,
     save_tensors,
     setup_ranks,
+    text_config,
 )
 
 
@@ -66,7 +66,7 @@ class Args:
         require(self, "k micro_batch_tokens", lambda v: v >= 1, "1 or more")
         if self.output.suffix != ".safetensors":
             raise UserError(f"--output {self.output}: the name must end in .safetensors")
-        size = read_json(model_folder(self.teacher) / "config.json").get("vocab_size", math.inf)
+        size = text_config(self.teacher).vocab_size
         if self.k >= size:
             raise UserError(
                 f"--k {self.k}: must be below the vocabulary of {size} tokens; {size - 1} is exact"
@@ -86,10 +86,11 @@ def score_topk(
     n, temperature = len(rollouts.tokens), check_sampling(rollouts, force=True)
     ids = torch.zeros(n, k, dtype=torch.int32, device=ranks.device)
     logprobs = torch.zeros(n, k + 1, device=ranks.device)
+    lengths = rollouts.lengths.tolist()
     with progress(ranks, len(rollouts.rewards), 0, "score the teacher") as bar:
-        for members in pack(rollouts.lengths.tolist(), budget, ranks.world_size)[ranks.rank]:
+        for members in pack(lengths, policy.budget(budget), ranks.world_size)[ranks.rank]:
             row = make_row(rollouts, members, ranks.device)
-            top, values = policy(row, lambda h, w: topk_logprobs(h, w, temperature, k))
+            top, values = policy(row, lambda h, output: topk_logprobs(h, output, temperature, k))
             where = row.flat.to(ranks.device)
             ids[where], logprobs[where] = top.int(), values.float()
             bar.update(len(members) * ranks.world_size)
@@ -104,6 +105,7 @@ def main(args: Args) -> None:
     args.check(rollouts)
     temperature = check_sampling(rollouts, args.force)
     teacher = load_policy(args.teacher, ranks, train=False)
+    check_policy(teacher, rollouts, args.teacher, ranks)
     ids, logprobs = score_topk(teacher, rollouts, args.k, args.micro_batch_tokens, ranks)
     if not logprobs.isfinite().all():
         raise UserError(

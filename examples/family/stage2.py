@@ -49,11 +49,13 @@ import stage2_distill
 from build_signals import check_vocabularies
 from common import (
     MetricsLog,
+    Output,
     Policy,
     Ranks,
     Rollouts,
     Row,
     UserError,
+    check_policy,
     check_sampling,
     epoch_batches,
     fingerprint,
@@ -70,7 +72,6 @@ from common import (
     optimizer_step,
     pack,
     progress,
-    read_json,
     require,
     row_logprobs,
     run,
@@ -80,6 +81,7 @@ from common import (
     score,
     setup_ranks,
     start_run,
+    text_config,
 )
 from stage1_extreme import group_statistics
 from stage2_distill import (
@@ -256,12 +258,17 @@ def load_teacher(args: Args, rollouts: Rollouts, ranks: Ranks) -> Teacher | None
     if args.objective == "topk":
         return load_topk(args, rollouts, ranks)
     policy = load_policy(args.teacher, ranks, train=False)
+    check_policy(policy, rollouts, args.teacher, ranks)
+
+    def copied(hidden: Tensor, output: Output) -> Head:
+        """Copies what FSDP frees after the forward."""
+        bias = None if output.bias is None else output.bias.clone()
+        return hidden, replace(output, weight=output.weight.clone(), bias=bias)
 
     @torch.no_grad()
     def at_row(row: Row) -> Head:
-        """Returns hidden states [R, D] and output matrix [V, D]."""
-        # A copy of the matrix, because FSDP frees its own after the forward.
-        return policy(row, lambda hidden, weight: (hidden, weight.clone()))
+        """Returns hidden states [R, D] and output."""
+        return policy(row, copied)
 
     return at_row
 
@@ -275,7 +282,7 @@ def load_topk(args: Args, rollouts: Rollouts, ranks: Ranks) -> Teacher:
             "these rollouts"
         )
     ids, logprobs = arrays["topk_ids"].long(), arrays["topk_logprobs"]
-    size = read_json(model_folder(args.base) / "config.json").get("vocab_size", math.inf)
+    size = text_config(args.base).vocab_size
     if ids.max() >= size:
         raise UserError(
             f"--teacher {args.teacher}: has token {ids.max()}, but the vocabulary of "
@@ -293,15 +300,15 @@ def forward_row(
         return {"policy_logprobs": logprobs, "entropy": entropy}
     given, targets = teacher(row), row.tokens[row.response_index]
 
-    def head(hidden: Tensor, weight: Tensor) -> dict[str, Tensor]:
-        """Computes all three from the student's hidden states and output matrix."""
-        student = (hidden, weight)
+    def head(hidden: Tensor, output: Output) -> dict[str, Tensor]:
+        """Computes all three from the student's hidden states and output."""
+        student = (hidden, output)
         if args.objective == "jsd":
             divergence = jsd(given, student, temperature, args.jsd_beta)
         else:
             kinds = {"topk": topk, "forward_kl": forward_kl, "reverse_kl": reverse_kl}
             divergence = kinds[args.objective](given, student, temperature)
-        logprobs, entropy = head_logprobs(hidden, weight, targets, temperature)
+        logprobs, entropy = head_logprobs(hidden, output, targets, temperature)
         return {"policy_logprobs": logprobs, "entropy": entropy, "divergence": divergence}
 
     return policy(row, head)
@@ -318,7 +325,8 @@ def anchor_logprobs(
     if at_start:
         logprobs = torch.zeros(len(rollouts.tokens), device=ranks.device)
         temperature, lengths = check_sampling(rollouts, force=True), rollouts.lengths.tolist()
-        for members in pack(lengths, args.micro_batch_tokens, ranks.world_size)[ranks.rank]:
+        budget = policy.budget(args.micro_batch_tokens)
+        for members in pack(lengths, budget, ranks.world_size)[ranks.rank]:
             row = make_row(rollouts, members, ranks.device)
             logprobs[row.flat.to(ranks.device)] = row_logprobs(policy, row, temperature)[0]
         dist.all_reduce(logprobs)
@@ -353,6 +361,7 @@ def main(args: Args) -> None:
     if teacher is None:
         print_targets(args, signal, target, rollouts, ranks)
     policy = load_policy(start, ranks, train=True, checkpointing=args.activation_checkpointing)
+    check_policy(policy, rollouts, start, ranks)
     optimizer = make_optimizer(policy, args.learning_rate, args.weight_decay)
     state = load_checkpoint(args.output, policy, optimizer, ranks) or {"step": 0}
     watched = (policy, rollouts, held_out, base_logprobs, target, args, ranks)
@@ -372,7 +381,7 @@ def main(args: Args) -> None:
         epoch, within = divmod(step - 1, steps_per_epoch)
         batch = trained[epoch_batches(len(trained), args.batch_size, args.seed, epoch)[within]]
         lengths = rollouts.lengths[batch].tolist()
-        rows = pack(lengths, args.micro_batch_tokens, ranks.world_size)[ranks.rank]
+        rows = pack(lengths, policy.budget(args.micro_batch_tokens), ranks.world_size)[ranks.rank]
 
         # Family: from the second epoch on the student itself may take the base's place.
         if args.reanchor and epoch and (within == 0 or arrays["base_logprobs"] is base_logprobs):

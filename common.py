@@ -11,8 +11,8 @@ tokens of one packed row, so there is nothing to mask. D is the hidden size, V t
 from __future__ import annotations
 
 import contextlib
-import errno
 import dataclasses
+import errno
 import functools
 import gc
 import hashlib

@@ -616,6 +616,7 @@ def main(args: Args) -> None:
     colours = {
         name: drawing.PATH_COLOURS[i % len(drawing.PATH_COLOURS)] for i, name in enumerate(names)
     }
+    colours["temperature"] = drawing.BASE_COLOUR  # it is the base
     figure = figure_accuracy_kl(evaluations, paths, colours)
     save_figure(figure, run / "figures/accuracy_kl.png")
     if summary["stage1_runs"]:

@@ -192,7 +192,8 @@ def test_jsd(beta, temperature):
         student @ weights[0].T, teacher @ weights[1].T, labels, beta=beta, temperature=temperature
     )
     kept = labels != -100
-    pair = (teacher[kept], weights[1]), (student[kept], weights[0])
+    outputs = [common.Output(weight) for weight in weights]
+    pair = (teacher[kept], outputs[1]), (student[kept], outputs[0])
     ours = divergences.jsd(*pair, temperature, jsd_beta=beta).sum() / kept.sum()
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
     grads = [torch.autograd.grad(loss, student)[0] for loss in (ours, theirs)]

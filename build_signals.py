@@ -217,11 +217,12 @@ def forecasts(signal: Tensor, base_logprobs: Tensor, rollouts: Rollouts, args: A
 
     def of(**bounds: float) -> tuple[dict[str, Any], Tensor]:
         """Returns a row, and the accuracy of every problem [P]."""
-        target = bounded_target(signal, base_logprobs, replace(args, **bounds))
+        changed = replace(args, **bounds)
+        target = bounded_target(signal, base_logprobs, changed)
         total = torch.zeros(len(rewards), dtype=torch.float64).index_add(0, ids, target.double())
         accuracy, kl, effective = forecast(total, rewards, rollouts.problem_index)
         means = {"accuracy": accuracy.mean(), "kl": kl.mean(), "effective": effective.mean()}
-        row = {name: getattr(replace(args, **bounds), name) for name in BOUNDS}
+        row = {name: getattr(changed, name) for name in BOUNDS}
         return row | {name: value.item() for name, value in means.items()}, accuracy
 
     base = of(signal_scale=0.0)
@@ -235,8 +236,9 @@ def forecasts(signal: Tensor, base_logprobs: Tensor, rollouts: Rollouts, args: A
     errors = (errors[:, None] - errors).std(-1) / len(base[1]) ** 0.5  # [rows, rows]
     for i, (row, _) in enumerate(frontier):
         row["difference_se"] = errors[i, :i].tolist()
-    given = of()[0] | {"se": (of()[1].std() / len(base[1]) ** 0.5).item()}
-    return {"problems": len(base[1]), "given": given, "frontier": [row for row, _ in frontier]}
+    given, accuracy = of()
+    given["se"] = (accuracy.std() / len(accuracy) ** 0.5).item()
+    return {"problems": len(accuracy), "given": given, "frontier": [row for row, _ in frontier]}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -273,10 +275,8 @@ def load_held_out(args: Args, rollouts: Rollouts) -> Rollouts:
         spans = zip(data.cu_seqlens[:-1].tolist(), data.prompt_lens.tolist(), strict=True)
         return {tuple(data.tokens[start : start + n].tolist()) for start, n in spans}
 
-    flag, held_out = (
-        f"--held-out-rollouts {args.held_out_rollouts}",
-        load_rollouts(args.held_out_rollouts),
-    )
+    flag = f"--held-out-rollouts {args.held_out_rollouts}"
+    held_out = load_rollouts(args.held_out_rollouts)
     if held_out.metadata.get("model_fingerprint") != fingerprint(model_folder(args.base)):
         raise UserError(f"{flag}: not sampled from --base {args.base}; sample them from it")
     if check_sampling(held_out, args.force) != check_sampling(rollouts, args.force):
@@ -337,8 +337,10 @@ def print_report(report: dict[str, Any], output: Path, ranks: Ranks) -> None:
 
 def print_forecast(report: dict[str, Any], ranks: Ranks) -> None:
     """Prints what students would be that met their targets, and warns where that is nothing."""
-    found = report["forecast"]
-    where = "held-out problems"
+    found, where = report["forecast"], "held-out problems"
+    if found is None:
+        ranks.print("no forecast: the base did not sample these rollouts (--held-out-rollouts)")
+        return
     if not found["held_out"]:
         where = "problems that stage 1 trained on, so partly memory (see --held-out-rollouts)"
     ranks.print(f"\nforecast of students that meet their targets, on {found['problems']} {where}")
@@ -393,10 +395,12 @@ def main(args: Args) -> None:
         "base_logprobs": scored[args.base],
     }
     report = diagnose(signal, rollouts, tokenizer)
+    report["forecast"] = None
     if held_out:
         signal, scored = weighted_signal(args, roles, held_out, ranks)
-    report["forecast"] = forecasts(signal, scored[args.base], held_out or rollouts, args)
-    report["forecast"]["held_out"] = held_out is not None
+    if held_out or roles["behavior"] == args.base:  # it re-weights samples of the base
+        report["forecast"] = forecasts(signal, scored[args.base], held_out or rollouts, args)
+        report["forecast"]["held_out"] = held_out is not None
     if ranks.rank == 0:
         write_json(args.output.with_suffix(".json"), report | metadata)
         # The signals come last: a folder that has them is complete.

@@ -313,26 +313,30 @@ def choose_bounds(args: Args, ranks: Ranks) -> Args:
         raise UserError(f"--signals {args.signals}: {report} has no forecast; run build_signals.py")
     rows = found["frontier"]  # by KL; the base first
     if args.within_kl is not None:
+        asked = f"--within-kl {args.within_kl:g}"
         best = [i for i, row in enumerate(rows) if row["kl"] <= args.within_kl][-1]
     else:
+        asked = f"--reach-accuracy {args.reach_accuracy:g}"
         reaching = [i for i, row in enumerate(rows) if row["accuracy"] >= args.reach_accuracy]
         if not reaching:
             most = f"{rows[-1]['accuracy']:.3f} at {rows[-1]['kl']:.2f} nats"
-            raise UserError(f"--reach-accuracy {args.reach_accuracy}: the forecast ends at {most}")
+            raise UserError(f"{asked}: the forecast of {args.signals} ends at {most}; ask for less")
         best = reaching[0]
-    top, error = rows[best], rows[best]["difference_se"]
-    chosen = next(
-        row
-        for i, row in enumerate(rows)
-        if i == best or top["accuracy"] - row["accuracy"] <= error[i]
-    )
+    top, base = rows[best], rows[0]["accuracy"]
+    if best == 0:
+        raise UserError(f"{asked}: the base itself, {base:.3f} right, is the choice; raise it")
+    gaps = [top["accuracy"] - row["accuracy"] for row in rows[:best]]
+    equal = [i for i, gap in enumerate(gaps) if gap <= top["difference_se"][i]]
+    chosen = rows[equal[0] if equal else best]
     if chosen is rows[0]:
         raise UserError(
             f"--signals {args.signals}: promises nothing: its best forecast is "
-            f"{top['accuracy']:.3f}, the base {rows[0]['accuracy']:.3f}, and their difference is "
-            "within its error; build another signal, or sample more"
+            f"{top['accuracy']:.3f}, the base {base:.3f}, and their difference is within its "
+            "error; build another signal, or sample more"
         )
-    ranks.print("chosen by forecast: {accuracy:.3f} at {kl:.2f} nats".format(**chosen))
+    where = "held-out problems" if found["held_out"] else "the training problems, so partly memory"
+    told = "chosen by the forecast on {}: {accuracy:.3f} at {kl:.2f} nats"
+    ranks.print(told.format(where, **chosen))
     return replace(args, **{name: chosen[name] for name in BOUNDS})
 
 
@@ -371,7 +375,7 @@ def split_problems(rollouts: Rollouts, share: float, seed: int) -> tuple[Tensor,
 @torch.no_grad()
 def measure(
     policy: Policy, rollouts: Rollouts, held_out: Tensor, base_logprobs: Tensor, target: Tensor,
-    args: Args, ranks: Ranks,
+    of_base: bool, args: Args, ranks: Ranks,
 ) -> tuple[dict[str, float], Tensor]:  # fmt: skip
     """Measures the student on held-out responses: `compare_with_targets`, and what each entry of
     the vocabulary costs where it has no target [V], in nats of KL(policy || base) per response."""
@@ -387,25 +391,26 @@ def measure(
         log_ratio[at] = row_logprobs(policy, row, temperature)[0] - base
     dist.all_reduce(log_ratio)  # each rank has filled in its own rows
     log_ratio, target = log_ratio.cpu(), target[taken]
-    measured = compare_with_targets(log_ratio, target, rollouts, held_out)
+    measured = compare_with_targets(log_ratio, target, rollouts, held_out, of_base)
     cost = kl_penalty(log_ratio, "reverse") * (target == 0) / len(held_out)  # [H]
     return measured, torch.bincount(rollouts.tokens[taken].long(), cost)
 
 
 def compare_with_targets(
-    log_ratio: Tensor, target: Tensor, rollouts: Rollouts, held_out: Tensor
+    log_ratio: Tensor, target: Tensor, rollouts: Rollouts, held_out: Tensor, of_base: bool
 ) -> dict[str, float]:
     """Compares log-ratios [H] with targets [H], on the response tokens of the held-out responses.
 
     kl_proxy: the mean of sum_t (r - 1 - log r), KL(base || policy); realised: the slope of the
     log-ratios on the targets; accuracy and KL of the base's samples re-weighted by the student and
-    by its targets, as in the forecast of build_signals.py."""
+    by its targets, as in the forecast of build_signals.py. of_base: the base sampled the responses;
+    samples of another policy re-weighted so would be neither's."""
     owner = held_out.repeat_interleave(rollouts.response_lens[held_out])  # [H]
     measured = {"kl_proxy": kl_penalty(log_ratio, "forward").sum().item() / len(held_out)}
     power = target.square().sum()
     measured["realised"] = ((log_ratio * target).sum() / power).item() if power else 0.0
     rewards, problems = rollouts.rewards[held_out], rollouts.problem_index[held_out]
-    for role, values in [("student", log_ratio), ("target", target)]:
+    for role, values in [("student", log_ratio), ("target", target)] if of_base else []:
         total = torch.zeros(len(rollouts.rewards)).index_add(0, owner, values)[held_out]
         accuracy, kl, _ = forecast(total, rewards, problems).mean(1).tolist()
         measured |= {f"{role}_accuracy": accuracy, f"{role}_kl": kl}
@@ -415,9 +420,13 @@ def compare_with_targets(
 def print_end(measured: dict[str, float], cost: Tensor, tokenizer: Any, ranks: Ranks) -> None:
     """Says how near the student came to its targets, and which tokens pay where it spends more."""
     ranks.print(
-        "on held-out problems {realised:.0%} of the targets are realised; forecast of the targets: "
-        "{target_accuracy:.3f} at {target_kl:.2f} nats, of the student as it is: "
-        "{student_accuracy:.3f} at {student_kl:.2f}".format(**measured)
+        "on held-out problems {realised:.0%} of the targets are realised".format(**measured)
+    )
+    if "student_kl" not in measured:  # the base did not sample
+        return
+    ranks.print(
+        "forecast of the targets: {target_accuracy:.3f} at {target_kl:.2f} nats, of the student as "
+        "it is: {student_accuracy:.3f} at {student_kl:.2f}".format(**measured)
     )
     if measured["student_kl"] > SPENDS_TOO_MUCH * measured["target_kl"]:
         dearest = cost.argsort(descending=True)[:8].tolist()
@@ -451,7 +460,9 @@ def main(args: Args) -> None:
     print_targets(args, signal, target, rollouts, ranks)
     optimizer = make_optimizer(policy, args.learning_rate, args.weight_decay)
     state = load_checkpoint(args.output, policy, optimizer, ranks) or {"step": 0}
-    watched = (policy, rollouts, held_out, base_logprobs, target, args, ranks)
+    of_base = torch.equal(behavior_logprobs, base_logprobs)
+    watched = (policy, rollouts, held_out, base_logprobs, target, of_base, args, ranks)
+    at_end = None  # the measurement of the policy as it is
     if state["step"] == 0:
         spent = measure(*watched)[0]["kl_proxy"]
         if not spent <= args.kl_budget:
@@ -499,7 +510,8 @@ def main(args: Args) -> None:
         values |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
         measured_now = step % args.kl_every == 0 or step == total_steps
         if measured_now:
-            values |= measure(*watched)[0]
+            at_end = measure(*watched)
+            values |= at_end[0]
             spent = values["kl_proxy"]
         log.write({"step": step, "epoch": step / steps_per_epoch} | values)
         bar.set_postfix(loss=f"{values['loss']:.3f}", kl=f"{spent:.2f}", refresh=False)
@@ -509,13 +521,14 @@ def main(args: Args) -> None:
         if measured_now and not spent <= args.kl_budget:
             good = load_checkpoint(args.output, policy, optimizer, ranks)["step"]
             ranks.print(f"step {step}: KL proxy {spent:.3f} nats, past the budget; back to {good}")
+            at_end = None
             break
         if measured_now:
             state = {"step": step, "kl_proxy": spent}
             save_checkpoint(args.output, state, policy, optimizer, ranks)
 
     bar.close()
-    print_end(*measure(*watched), tokenizer, ranks)
+    print_end(*(at_end or measure(*watched)), tokenizer, ranks)
     save_model(policy, tokenizer, args.output, ranks)
 
 

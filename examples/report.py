@@ -317,6 +317,16 @@ def optimum_share(evaluation: Evaluation, base: Evaluation) -> dict[str, float |
     return finite({"optimum_share": float(values[0]), "optimum_share_se": error})
 
 
+def forecast_of(args: dict[str, Any], run: Path) -> dict[str, float]:
+    """Returns what build_signals.py forecast for the bounds of a student, from its arguments."""
+    path = run / "signals" / Path(args.get("signals") or "none").with_suffix(".json").name
+    found = common.read_json(path).get("forecast") if path.is_file() else None
+    rows = [found["given"], *found["frontier"]] if found else []
+    bounds = ("signal_scale", "signal_clip", "signal_floor", "token_kl")
+    rows = [row for row in rows if all(row[name] == args.get(name) for name in bounds)]
+    return {f"forecast_{name}": rows[0][name] for name in ("accuracy", "kl")} if rows else {}
+
+
 def policy_row(evaluation: Evaluation, base: Evaluation, run: Path) -> dict[str, Any]:
     """Makes the line of one evaluation in summary.json; what was not measured is None."""
     source = evaluation.source
@@ -333,6 +343,7 @@ def policy_row(evaluation: Evaluation, base: Evaluation, run: Path) -> dict[str,
     recorded = run.joinpath(*source, "args.json")
     args = common.read_json(recorded)["args"] if source[0] and recorded.is_file() else {}
     off = (None, False, 0, math.inf)  # what a setting has that plays no part
+    row |= forecast_of(args, run)
     row["recipe"] = {name: args[name] for name in RECIPE if args.get(name) not in off}
     return row
 

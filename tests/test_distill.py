@@ -169,6 +169,17 @@ def test_the_bounds_and_the_forecast_are_those_of_build_signals():
     assert stage2.BOUNDS == build_signals.BOUNDS
 
 
+def test_samples_of_another_policy_are_not_re_weighted(rollouts):
+    held_out = torch.arange(4)
+    taken = torch.isin(rollouts.sequence_ids, held_out) & rollouts.response_mask
+    values = torch.ones(int(taken.sum()))
+    given = values * 0.5, values, rollouts, held_out
+    own = stage2.compare_with_targets(*given, True)
+    other = stage2.compare_with_targets(*given, False)
+    assert other == {name: own[name] for name in ("kl_proxy", "realised")} != own
+    assert own["realised"] == pytest.approx(0.5)
+
+
 FRONTIER = [  # by KL, the base first; accuracies with the errors of the differences to earlier rows
     {"accuracy": 0.40, "kl": 0.0, "difference_se": [], "signal_scale": 0.0},
     {"accuracy": 0.60, "kl": 0.3, "difference_se": [0.02], "signal_scale": 1.0},
@@ -177,11 +188,12 @@ FRONTIER = [  # by KL, the base first; accuracies with the errors of the differe
 ]
 
 
-def choose(folder, rows, **flags):
+def choose(folder, rows, held_out=True, **flags):
     """What stage 2 chooses from a forecast."""
     rest = {"signal_clip": 3.0, "signal_floor": 0.5, "token_kl": 1.5}
     rows = [rest | row for row in rows]
-    common.write_json(folder / "s.json", {"forecast": {"frontier": rows}})
+    found = {"frontier": rows, "held_out": held_out}
+    common.write_json(folder / "s.json", {"forecast": found})
     args = Args(**(PATHS | {"signals": folder / "s.safetensors"}), **flags)
     return stage2.choose_bounds(args, common.Ranks(0, 1, torch.device("cpu")))
 
@@ -200,15 +212,20 @@ def test_bounds_chosen_by_the_forecast(flags, scale, tmp_path, capsys):
     assert (args.signal_scale, args.signal_clip, args.signal_floor, args.token_kl) == (
         scale, 3.0, 0.5, 1.5,
     )  # fmt: skip
-    assert "chosen by forecast: 0." in capsys.readouterr().out
+    assert "chosen by the forecast on held-out problems: 0." in capsys.readouterr().out
+    choose(tmp_path, FRONTIER, held_out=False, **flags)
+    assert "on the training problems, so partly memory: 0." in capsys.readouterr().out
 
 
 def test_a_forecast_that_promises_nothing_is_refused(tmp_path):
     poor = [*FRONTIER[:1], FRONTIER[1] | {"accuracy": 0.41}]
     with pytest.raises(common.UserError, match="promises nothing: its best forecast is 0.410, the"):
         choose(tmp_path, poor, within_kl=1.0)
+    for flags in ({"within_kl": 0.1}, {"reach_accuracy": 0.3}):
+        with pytest.raises(common.UserError, match=r"the base itself, 0\.400 right, is the choice"):
+            choose(tmp_path, FRONTIER, **flags)
     with pytest.raises(
-        common.UserError, match=r"--reach-accuracy 0\.9: the forecast ends at 0\.81"
+        common.UserError, match=r"--reach-accuracy 0\.9: the forecast of .* ends at 0\.81"
     ):
         choose(tmp_path, FRONTIER, reach_accuracy=0.9)
     with pytest.raises(common.UserError, match="s.json has no forecast; run build_signals.py"):

@@ -162,6 +162,48 @@ def test_whole_report_and_the_table_over_seeds(tmp_path, model_folders, monkeypa
         report.main(report.Args(run))
 
 
+def test_claims_and_forecasts_over_seeds():
+    """On rows by hand: which policies are compared, in which direction, and what is a rival."""
+
+    def row(name, accuracy, kl=1.0, passed=0.9, **more):
+        kind = "student" if name.startswith("student_") else "stage1"
+        values = {"accuracy": accuracy, "kl": kl, "pass_at_8": passed, "optimum_share": 0.5}
+        return {"name": name, "kind": kind} | values | more
+
+    names = ("mixed", "unlearned", "strong", "ruined")
+    students = [
+        row(f"student_{n}", 0.9 - i / 10, 1 + i, 0.8 + i / 100, forecast_accuracy=i, forecast_kl=2)
+        for i, n in enumerate(names)
+    ]
+    others = [
+        row("base", 0.4),
+        row("sapo", 0.2),
+        row("ce", 0.75, 6.0),
+        row("temperature-0.5", 0.43),
+    ]
+    compared = [
+        {"student": student, "kind": "path", "against": against, "accuracy_difference": gain}
+        | {"accuracy_difference_ci": [gain - 0.05, gain + 0.05]}
+        for student, against, gain in [
+            ("student_mixed", "sft", 0.1),
+            ("student_mixed", "unlearned", -0.2),  # no rival: it is what the signal is made of
+            ("student_strong", "sft", -0.3),
+        ]
+    ]
+    summary = {"settings": {"seed": 7}, "policies": others + students, "comparisons": compared}
+    found = {name: round(value, 3) for name, value in seeds.claims(summary).items()}
+    assert found.pop("best temperature: gain") == 0.03
+    assert found.pop("above sft at equal KL") == 0.1
+    assert found.pop("above sft at equal KL, low end") == 0.05
+    assert [*found.values()] == [0.9, 0.5, 0.8, 0.5, 0.2, 0.2, -0.05, 0.5, -0.1]
+    assert seeds.result(summary)["above_rivals_at_equal_kl"]
+    compared[0]["accuracy_difference_ci"][0] = -0.01
+    assert not seeds.result(summary)["above_rivals_at_equal_kl"]
+    *table, _, last = seeds.forecast_table([summary])
+    assert table[2] == "| student_mixed | 0.000 at 2.00, 0.900 at 1.00 |"
+    assert last == "Rank correlation of the 4 accuracies: -1.00."
+
+
 # --------------------------------------------------------------------------------------------------
 # measured.py of the arithmetic example: what its figures read and average over seeds
 

@@ -184,6 +184,7 @@ def test_the_file_has_the_sum_and_names_its_models(tmp_path, ranks, capsys):
     assert output.with_suffix(".json").read_text().startswith('{\n  "auc": 0.')
     report = common.read_json(output.with_suffix(".json"))
     assert report["weights"] == [0.5, -1.0] and 0 < report["auc"] < 1
+    assert report["forecast"] is None  # another policy sampled, as the arguments say
     assert len(report["most_credit"]) == len(report["most_blame"]) == 8
     assert f"{report['auc']:.4f}" in capsys.readouterr().out
     before = output.read_bytes()

@@ -80,6 +80,28 @@ def signals_table(summaries: list[dict]) -> list[str]:
     return lines
 
 
+def ranks(values: list[float]) -> list[int]:
+    """Returns the place of each value in their order; ties have none here."""
+    return [sorted(values).index(value) for value in values]
+
+
+def forecast_table(summaries: list[dict]) -> list[str]:
+    """Writes forecast and measurement of every student that has a forecast, a column for a run."""
+    tables = [{row["name"]: row for row in s["policies"]} for s in summaries]
+    names = [n for n in tables[0] if all("forecast_kl" in t.get(n, {}) for t in tables)]
+    heads = [f"seed {summary['settings']['seed']}: forecast, measured" for summary in summaries]
+    lines = ["| student | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    form = "{forecast_accuracy:.3f} at {forecast_kl:.2f}, {accuracy:.3f} at {kl:.2f}"
+    for name in names:
+        cells = [form.format(**table[name]) for table in tables]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    pairs = [(t[n]["forecast_accuracy"], t[n]["accuracy"]) for n in names for t in tables]
+    if len(pairs) > 2:
+        found = statistics.correlation(*map(ranks, map(list, zip(*pairs, strict=True))))
+        lines += ["", f"Rank correlation of the {len(pairs)} accuracies: {found:.2f}."]
+    return lines
+
+
 def comparisons(summaries: list[dict], kind: str) -> dict[tuple[str, str], list[dict]]:
     """Returns {(student, rival): its row of every run}, for the comparisons that all runs have."""
     tables = [
@@ -182,7 +204,7 @@ def main(args: Args) -> None:
         f"temperature {settings['temperature']}, top-p {settings['top_p']}, at most "
         f"{settings['max_new_tokens']} tokens."
     )
-    tables = (policies_table, claims_table, signals_table, paths_table, ends_table)
+    tables = (policies_table, claims_table, forecast_table, signals_table, paths_table, ends_table)
     lines = [title, *(line for table in tables for line in ("", *table(summaries)))]
     names = " ".join(run.name for run in args.runs)
     lines += ["", f"Made by `python examples/arithmetic/seeds.py --runs {names}`."]

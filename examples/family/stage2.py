@@ -364,7 +364,8 @@ def main(args: Args) -> None:
     check_policy(policy, rollouts, start, ranks)
     optimizer = make_optimizer(policy, args.learning_rate, args.weight_decay)
     state = load_checkpoint(args.output, policy, optimizer, ranks) or {"step": 0}
-    watched = (policy, rollouts, held_out, base_logprobs, target, args, ranks)
+    of_base = torch.equal(arrays["behavior_logprobs"], base_logprobs)
+    watched = (policy, rollouts, held_out, base_logprobs, target, of_base, args, ranks)
     if state["step"] == 0:
         spent = measure(*watched)[0]["kl_proxy"]
         if not spent <= args.kl_budget:

@@ -227,6 +227,14 @@ def test_a_start_past_the_budget_is_refused(tmp_path):
     assert not (args.output / "config.json").exists()
 
 
+def test_bounds_that_a_forecast_is_to_choose(tmp_path):
+    """The whole stage asks the signals' own forecast: so few nats leave the base alone."""
+    args = stage2_args(tmp_path / "student", within_kl=1e-6)
+    with pytest.raises(common.UserError, match="--within-kl 1e-06: the base itself"):
+        stage2_distill.main(args)
+    assert not args.output.exists()
+
+
 def test_a_step_that_is_not_finite_ends_the_run(teacher, tmp_path, monkeypatch, capsys):
     """Exit code 2, one line, and the last checkpoint stays; without the fault the run goes on."""
     args = stage1_args(tmp_path / "teacher")

@@ -117,6 +117,15 @@ def test_a_base_that_shows_nothing_is_refused(tmp_path, model_folders, capsys, m
     right = torch.tensor([[1.0] * 16, [1.0] * 8 + [0.0] * 8, [0.0] * 16])
     monkeypatch.setattr(make_base, "sample_verdicts", lambda *_: right[:, : _[3]])
     monkeypatch.setattr(scribe, "make_problems", lambda *_: rows)
+    cooler = {1.0: right[:, :16], 0.7: torch.ones(3, 4)}  # a temperature that mends it
+    found = lambda *given: cooler.get(given[4], right[:, : given[3]])  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(make_base, "sample_verdicts", found)
+        patch.setitem(make_base.NEEDED, "gain by a lower temperature", (-9.0, -0.2))
+        with pytest.raises(
+            common.UserError, match="gain by a lower temperature of the base: -0.077"
+        ):
+            make_base.try_base(model_folders[0], args, set(), torch.device("cpu"))
     with pytest.raises(common.UserError, match=r"pass@16 of the base: 0\.667"):
         make_base.try_base(model_folders[0], args, set(), torch.device("cpu"))
     assert "temperature 0.3: accuracy +0.167" in capsys.readouterr().out

@@ -453,7 +453,11 @@ def all_eos(args: Args) -> list[int]:
 
 @torch.no_grad()
 def sample_batch(lm: Any, prompts: Prompts, eos: list[int], pad: int, args: Args) -> list[Response]:
-    """Samples one response to each prompt with transformers' generate."""
+    """Samples one response to each prompt with transformers' generate.
+
+    It works in rounds: once a quarter of the rows has ended, generate goes on with the others and
+    their part of the cache. So rows that have ended cost little, and a batch of mixed lengths costs
+    little more than its tokens."""
     from transformers import GenerationConfig
 
     logprobs: list[Tensor] = []  # of the chosen tokens; [steps, B, V] is never stored
@@ -467,25 +471,53 @@ def sample_batch(lm: Any, prompts: Prompts, eos: list[int], pad: int, args: Args
         distribution = (scores.float() / (args.temperature or 1.0)).log_softmax(-1)
         return scores
 
-    rows = [torch.tensor(prompt) for prompt in prompts]
+    def enough_ended(input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Ends a round, for all of its rows at once."""
+        ended.logical_or_(torch.isin(input_ids[:, -1], ends))
+        return torch.full_like(ended, bool(4 * ended.sum() >= len(ended)))
+
     left = functools.partial(pad_sequence, batch_first=True, padding_side="left")
-    ids = left(rows, padding_value=pad).to(lm.device)
-    mask = left([torch.ones_like(row) for row in rows]).to(lm.device)
+    ids = left([torch.tensor(prompt) for prompt in prompts], padding_value=pad).to(lm.device)
+    mask = left([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts]).to(lm.device)
+    start, cache, ends = ids.shape[1], None, torch.tensor(eos, device=lm.device)
+    numbers, values = torch.arange(len(ids)), torch.zeros(len(ids), 0)  # of the rows that go on
     # The whole configuration is ours: a model's own (Qwen3: top-k 20) would cut the distribution.
     greedy = args.temperature == 0
-    sampled = {} if greedy else dict(temperature=args.temperature, top_p=args.top_p, top_k=0)
-    shared = dict(max_new_tokens=args.max_new_tokens, eos_token_id=eos, pad_token_id=pad)
-    lm.generation_config = GenerationConfig(do_sample=not greedy, **shared, **sampled)
-    output = lm.generate(input_ids=ids, attention_mask=mask, logits_processor=[record])
-    record(output, distribution)  # the last token
-    responses = []
-    output, values = output[:, ids.shape[1] :].int().cpu(), torch.cat(logprobs, 1).cpu()
-    for tokens, row in zip(output, values, strict=True):
-        # Up to and with the first EOS; what follows is padding.
-        ended = torch.isin(tokens, torch.tensor(eos)).nonzero()
-        length = int(ended[0]) + 1 if len(ended) else len(tokens)
-        responses.append(Response(tokens[:length], row[:length], not len(ended)))
-    return responses
+    config = dict(temperature=args.temperature, top_p=args.top_p, top_k=0) if not greedy else {}
+    config |= dict(do_sample=not greedy, eos_token_id=eos, pad_token_id=pad)
+    responses: dict[int, Response] = {}
+    while len(ids):
+        ended = torch.zeros(len(ids), dtype=torch.bool, device=lm.device)
+        most = args.max_new_tokens - values.shape[1]
+        lm.generation_config = GenerationConfig(max_new_tokens=most, **config)
+        options = dict(past_key_values=cache) if cache is not None else {}
+        output = lm.generate(
+            ids,
+            attention_mask=mask,
+            logits_processor=[record],
+            stopping_criteria=[enough_ended],
+            return_dict_in_generate=True,
+            **options,
+        )
+        ids, cache = output.sequences, output.get("past_key_values")
+        record(ids, distribution)  # the last token
+        values = torch.cat([values, *(column.cpu() for column in logprobs)], 1)
+        logprobs, distribution = [], None
+        over = ended.cpu() | (values.shape[1] == args.max_new_tokens)
+        for row in over.nonzero()[:, 0].tolist():
+            tokens = ids[row, start:].int().cpu()
+            # Up to and with the first EOS; what follows is padding.
+            found = torch.isin(tokens, ends.cpu()).nonzero()
+            length = int(found[0]) + 1 if len(found) else len(tokens)
+            response = Response(tokens[:length], values[row, :length].clone(), not len(found))
+            responses[int(numbers[row])] = response
+        rest = (~over).nonzero()[:, 0]
+        numbers, values, rest = numbers[rest], values[rest], rest.to(lm.device)
+        ids, mask = ids[rest], mask[rest]
+        mask = torch.cat([mask, mask.new_ones(len(ids), ids.shape[1] - mask.shape[1])], 1)
+        if cache is not None:
+            cache.reorder_cache(rest)
+    return [responses[number] for number in range(len(prompts))]
 
 
 def padding_is_harmless(lm: Any, prompts: Prompts, eos: list[int], pad: int, args: Args) -> bool:

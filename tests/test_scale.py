@@ -20,11 +20,13 @@ import test_pipeline as pipeline
 import tiny
 import torch
 from test_pipeline import assert_same_files
+from torch.distributed import fsdp
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import build_signals
 import common
 import evaluate
+import stage2_distill
 
 ROOT = Path(common.__file__).parent
 
@@ -89,6 +91,21 @@ def test_a_checkpoint_before_the_first_step_counts_none(model_folders, ranks, tm
     assert {state["step"].item() for state in optimizer.state.values()} == {0}
 
 
+def test_a_run_goes_on_with_its_weights_on_the_cpu(tmp_path, monkeypatch):
+    """On the CPU FSDP2 copies nothing under this policy; what it does on a GPU gpu.py measures."""
+    whole, cut = (pipeline.stage2_args(tmp_path / name) for name in ("whole", "cut"))
+    stage2_distill.main(whole)
+    pipeline.run_until(6, stage2_distill.main, cut, monkeypatch)  # the last checkpoint is of step 4
+    shard, policies = fsdp.fully_shard, []
+    with monkeypatch.context() as patch:
+        patch.setattr(fsdp, "fully_shard", lambda unit, **k: policies.append(k) or shard(unit, **k))
+        stage2_distill.main(dataclasses.replace(cut, cpu_offload=True))
+    assert policies and all(
+        isinstance(k["offload_policy"], fsdp.CPUOffloadPolicy) for k in policies
+    )
+    assert_same_files(whole.output, cut.output)
+
+
 # --------------------------------------------------------------------------------------------------
 # Processes of their own: two ranks, and kill -9
 
@@ -106,6 +123,9 @@ def runs_in(folder, llama, model_folders):
         "llama": pipeline.stage1_args(folder / "llama", **long | data | dict(base=llama)),
         "teacher": pipeline.stage1_args(folder / "teacher", **long, **data),
         "student": pipeline.stage2_args(folder / "student", epochs=14, batch_size=23, **data),
+        "offloaded": pipeline.stage1_args(
+            folder / "offloaded", **long | data | dict(cpu_offload=True)
+        ),
         "signals": build_signals.Args(teachers=models, output=signals, **data),
     }
 
@@ -156,6 +176,12 @@ def test_two_ranks_are_one(one, two, llama, model_folders, ranks):
         scores, others = (common.load_tensors(p)[0] for p in (path, two / path.relative_to(one)))
         torch.testing.assert_close(scores["logprobs"], others["logprobs"], rtol=1e-4, atol=1e-5)
     assert len(list(one.glob("rollouts/logprobs/*"))) == 5
+
+
+@pytest.mark.slow
+def test_offloading_to_the_cpu_changes_no_byte_at_one_rank_or_two(one, two):
+    for folder in (one, two):
+        assert_same_files(folder / "teacher", folder / "offloaded")
 
 
 def start(args, n_ranks):

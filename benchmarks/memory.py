@@ -22,8 +22,8 @@ block that it reaches and of the last, in the optimizer's step. It leaves out th
 buffers of NCCL, and fragmentation. With --cpu-offload the first three terms lie on the host, 16 P
 bytes for all ranks of a node, and `gathered` holds one more float32 copy, 4 P_root/W, of the root's
 shard on its way. The same functions without FSDP predict the memory of stage1_extreme.py on a CPU,
-which benchmarks/memory_cpu.py measures. The terms `gathered` and `reducing` and all of --cpu-offload
-have not been measured; benchmarks/gpu.py will.
+which benchmarks/memory_cpu.py measures. The terms `gathered` and `reducing`, and --cpu-offload,
+have not been measured yet (benchmarks/gpu.py does it).
 
     python benchmarks/memory.py                          # Qwen3-4B on 1, 8 and 64 GPUs
     python benchmarks/memory.py --fits                   # what fits on one GPU of 24, 48 or 80 GB

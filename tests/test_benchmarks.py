@@ -2,6 +2,7 @@
 
 import ast
 import random
+import shutil
 
 import gpu
 import memory
@@ -94,3 +95,15 @@ def test_gpu_py_refuses_a_machine_without_one(monkeypatch, capsys, tmp_path):
     if not torch.cuda.is_available():
         assert gpu.main() == 2 and "--quick" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_gpu_py_goes_on_after_a_part_that_failed(tmp_path):
+    (tmp_path / "models" / "tiny").mkdir(parents=True)  # `packed` will find no model there
+    first = gpu.run_parts(["packed", "head"], True, tmp_path, 200)
+    assert "has no config.json" in first["packed"]["error"] and not gpu.succeeded(first["packed"])
+    assert gpu.succeeded(first["head"]) and "| log-probs | " in gpu.page(first)
+    shutil.rmtree(tmp_path / "models")
+    again = gpu.run_parts(["packed", "head"], True, tmp_path, 200)
+    assert gpu.succeeded(again["packed"]) and again["head"] == first["head"]
+    assert gpu.run_parts(["noise"], True, tmp_path, 0) == again  # no time is left

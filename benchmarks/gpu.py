@@ -53,6 +53,7 @@ import make_base  # noqa: E402
 import memory  # noqa: E402
 
 import common  # noqa: E402
+import evaluate  # noqa: E402
 import stage1_extreme  # noqa: E402
 
 # Dense bfloat16 by the data sheets, TFLOP/s; the first name that the device's contains.
@@ -136,14 +137,15 @@ def make_model(p: Part, size: str = "tiny") -> str:
     """Writes a Qwen3 with random weights, in bfloat16 as users have it; returns its folder.
 
     A large final norm makes its predictions peaked, as those of a trained model are."""
-    from transformers import AutoModelForCausalLM, Qwen3Config
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = p.output / "models" / size
     if folder.is_dir():
         return str(folder)
     torch.manual_seed(0)
     shape = tiny_shape(p) if size == "tiny" else memory.qwen3(size)
-    config = Qwen3Config(**shape, max_position_embeddings=65536, eos_token_id=1, bos_token_id=None)
+    shape |= {"max_position_embeddings": 65536, "eos_token_id": 1, "bos_token_id": None}
+    config = AutoConfig.for_model(**shape)
     with p.device:
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     torch.nn.init.constant_(lm.model.norm.weight, 5)
@@ -359,9 +361,7 @@ def stages(p: Part) -> None:
     base, rollouts = make_model(p), make_rollouts(p, [60, 33, 90, 71] * 8, 8)
     runs = p.output / "runs"
     shutil.rmtree(runs, ignore_errors=True)
-    arrays = {name: getattr(rollouts, name) for name in ("cu_seqlens", *common.ARRAYS)}
-    arrays = {name: array for name, array in arrays.items() if array is not None}
-    common.save_tensors(rollouts.path, arrays, {})
+    evaluate.save_rollouts(rollouts)
 
     def launch(script: str, **flags: Any) -> None:
         """Runs a script by its command; where tyro lacks, by its main in this process."""
@@ -483,7 +483,7 @@ def training(p: Part, size: str, offload: bool) -> None:
             return  # FSDP was cut short, so this policy is of no more use
         p.tell(f"{what}: s of forward and backward; of the optimizer; gradient norm",
                f"{of_row:.3f}; {of_update:.3f}; {norm:.3g}")  # fmt: skip
-        p.tell(f"{what}: tokens/s of rows; with a step after every 16",
+        p.tell(f"{what}: tokens/s of rows; computed, with a step after every 16",
                f"{tokens / of_row:,.0f}; {tokens / (of_row + of_update / 16):,.0f}")  # fmt: skip
         if cuda:
             tflops = useful_flops(shape, lengths, responses) / of_row / 1e12
@@ -526,8 +526,7 @@ def work(names: list[str], quick: bool, output: Path) -> None:
     ranks = common.setup_ranks(cpu_offload=True)
     cuda = ranks.device.type == "cuda"
     for name in names:
-        dtype = common.compute_dtype(ranks.device)
-        part = Part(quick, output, ranks, ranks.device, dtype)
+        part = Part(quick, output, ranks, ranks.device, common.compute_dtype(ranks.device))
         start, record = time.monotonic(), {}
         print(f"{name}: {getattr(PARTS[name], 'func', PARTS[name]).__doc__}", flush=True)
         try:
@@ -555,7 +554,7 @@ def run_parts(names: list[str], quick: bool, output: Path, limit: float) -> dict
     Returns {part: record} of all parts, asked for or not, that have one then."""
     paths, end = {n: output / "results" / f"{n}.json" for n in names}, time.monotonic() + limit
     for path in filter(Path.is_file, paths.values()):
-        if "error" in common.read_json(path):
+        if {"error", "skipped"} & common.read_json(path).keys():  # it may do better now
             path.unlink()
     while todo := [name for name, path in paths.items() if not path.is_file()]:
         command = [sys.executable, __file__, "--here", "--output", str(output), "--parts", *todo]

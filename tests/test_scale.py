@@ -19,8 +19,12 @@ import pytest
 import test_pipeline as pipeline
 import tiny
 import torch
+import torch.distributed as dist
 from test_pipeline import assert_same_files
 from torch.distributed import fsdp
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import build_signals
@@ -104,6 +108,40 @@ def test_a_run_goes_on_with_its_weights_on_the_cpu(tmp_path, monkeypatch):
         isinstance(k["offload_policy"], fsdp.CPUOffloadPolicy) for k in policies
     )
     assert_same_files(whole.output, cut.output)
+
+
+def test_weights_on_the_cpu_in_a_mesh_of_gpus(ranks, tmp_path):
+    """What --cpu-offload leaves on a GPU: DTensors that lie on the CPU while their mesh does not.
+    Clips, steps and goes back to a checkpoint as with plain tensors."""
+    mesh = DeviceMesh("cuda", [0], _init_backend=False)
+    mesh._dim_group_names = [dist.group.WORLD.group_name]  # gloo, as setup_ranks(True) adds it
+
+    def shard(x):
+        spec = DTensorSpec(mesh, (Shard(0),), TensorMeta(x.shape, x.stride(), x.dtype))
+        return DTensor(x, spec, requires_grad=False)
+
+    def train(place, folder, steps):
+        torch.manual_seed(0)
+        module, found = torch.nn.Linear(4, 6), []
+        for name, weight in list(module.named_parameters()):
+            setattr(module, name, torch.nn.Parameter(place(weight.detach())))
+        optimizer = common.make_optimizer(module, 1e-2, 0.1)
+        begun = common.load_checkpoint(folder, module, optimizer, ranks).get("step", 0)
+        for step in range(begun, steps):
+            for parameter in module.parameters():
+                generator = torch.Generator().manual_seed(step)
+                parameter.grad = place(9 * torch.randn(parameter.shape, generator=generator))
+            found.append(common.optimizer_step(module, optimizer, 1e-2, 1.0))
+            common.save_checkpoint(folder, {"step": step + 1}, module, optimizer, ranks)
+        moments = [v for state in optimizer.state.values() for v in state.values()]
+        return found, [getattr(x, "_local_tensor", x) for x in (*module.parameters(), *moments)]
+
+    norms, expected = train(lambda x: x, tmp_path / "plain", 3)
+    first, _ = train(shard, tmp_path / "offloaded", 1)
+    rest, ours = train(shard, tmp_path / "offloaded", 3)
+    assert first + rest == norms and min(norms) > 1
+    for one, other in zip(ours, expected, strict=True):
+        assert one.device.type == "cpu" and torch.equal(one, other)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -321,11 +321,15 @@ def print_row(shape: Shape, args: Args, gpus: int, tokens: int, checkpointing: b
 
 
 def longest_row(shape: Shape, card: float, offload: bool) -> int:
-    """Returns the most tokens of a row, in steps of 1,024, that fit on one GPU of `card` bytes."""
-    rows = range(1024, 2**18 + 1, 1024)
-    settings = (Setting(n, n, checkpointing=True, offload=offload) for n in rows)
-    fitting = [x.tokens for x in settings if memory(shape, x)["peak"] <= card * (1 - 1 / 16)]
-    return max(fitting, default=0)
+    """Returns the most tokens of a row, in steps of 1,024, that fit on one GPU of `card` bytes, in
+    training and in scoring, which holds the model in bfloat16 whatever the flag."""
+    longest = 0
+    for n in range(1024, 2**18 + 1, 1024):
+        training = memory(shape, Setting(n, n, checkpointing=True, offload=offload))["peak"]
+        scoring = 2 * shape.parameters + 2 * (2 * shape.mlp + 4 * shape.hidden) * n
+        if max(training, scoring) <= card * (1 - 1 / 16):
+            longest = n
+    return longest
 
 
 def print_fits() -> None:
@@ -342,8 +346,8 @@ def print_fits() -> None:
             print("| " + " | ".join(cells + [f"{n:,}" if n else "no" for n in rows]) + " |")
     print(
         "\nThe longest row in tokens (at most 262,144), all of them response tokens, with "
-        "--activation-checkpointing; a sixteenth of the card is left for CUDA and fragmentation. "
-        "Predicted, not yet run."
+        "--activation-checkpointing, also in scoring, where the GPU holds the model in bfloat16; a "
+        "sixteenth of the card is left for CUDA and fragmentation. Predicted, not yet run."
     )
 
 

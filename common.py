@@ -34,7 +34,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -53,6 +52,8 @@ class UserError(Exception):
 
 def run(main: Callable[[Any], None], args_type: type, doc: str | None) -> None:
     """Parses the command line and calls `main`. Bad input ends with one line and exit code 2."""
+    import tyro  # only here: a machine that lacks it can still call `main`
+
     args = tyro.cli(args_type, description=doc)
     try:
         main(args)
@@ -101,8 +102,10 @@ class Ranks:
         return answer[0]
 
 
-def setup_ranks() -> Ranks:
-    """Reads torchrun's environment. Without torchrun there is one process, on a GPU or the CPU."""
+def setup_ranks(cpu_offload: bool = False) -> Ranks:
+    """Reads torchrun's environment. Without torchrun there is one process, on a GPU or the CPU.
+
+    cpu_offload: ranks on GPUs can also exchange what lies on the CPU, such as a gradient's norm."""
     names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
     rank, local, world_size = (int(os.environ.get(name, value)) for name, value in names.items())
     cuda = torch.cuda.is_available()
@@ -112,7 +115,8 @@ def setup_ranks() -> Ranks:
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world_size == 1 else {}
         # Ranks wait while rank 0 writes a model, and NCCL's own limit of 10 minutes is too short.
         limit = timedelta(minutes=30)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=limit, **alone)
+        backend = ("cpu:gloo,cuda:nccl" if cpu_offload else "nccl") if cuda else "gloo"
+        dist.init_process_group(backend, timeout=limit, **alone)
     return Ranks(rank, world_size, torch.device("cuda", local) if cuda else torch.device("cpu"))
 
 
@@ -579,13 +583,16 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def load_policy(name: str, ranks: Ranks, train: bool, checkpointing: bool = False) -> Policy:
+def load_policy(
+    name: str, ranks: Ranks, train: bool, checkpointing: bool = False, cpu_offload: bool = False
+) -> Policy:
     """Loads a model to be trained, or only scored.
 
     With several ranks, and for training on a GPU, FSDP2 shards it, and every rank reads no more
-    than its own shard. checkpointing: each block runs again in the backward pass."""
+    than its own shard. checkpointing: each block runs again in the backward pass. cpu_offload:
+    weights, gradients and, as they lie beside them, the optimizer's moments stay on the CPU."""
     device, dtype = ranks.device, compute_dtype(ranks.device)
-    sharded = ranks.world_size > 1 or (train and device.type == "cuda")
+    sharded = ranks.world_size > 1 or cpu_offload or (train and device.type == "cuda")
     where = torch.device("meta") if sharded else device
     policy = Policy(load_lm(name, where, torch.float32 if train else dtype)).requires_grad_(train)
     if checkpointing:
@@ -594,7 +601,9 @@ def load_policy(name: str, ranks: Ranks, train: bool, checkpointing: bool = Fals
         for block in _blocks(policy.lm):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if sharded:
-        _shard(policy, name, ranks)
+        _shard(policy, name, ranks, cpu_offload)
+        for buffer in policy.buffers():  # FSDP brings the weights to the GPU, but no buffers
+            buffer.data = buffer.to(device)
     return policy
 
 
@@ -604,26 +613,28 @@ def _blocks(lm: nn.Module) -> nn.ModuleList:
     return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
 
 
-def _shard(policy: Policy, name: str, ranks: Ranks) -> None:
+def _shard(policy: Policy, name: str, ranks: Ranks, cpu_offload: bool) -> None:
     """Wraps blocks, an untied embedding and the rest in FSDP2, and reads the shards from the files.
 
     Where the files have other names than transformers' module (a wrapper, experts one by one),
     rank 0 reads the model and sends it. Raises UserError if shapes differ or a matrix is missing"""
     import torch.distributed.checkpoint as dcp
+    from torch.distributed import fsdp
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor.experimental import implicit_replication
 
     lm, folder = policy.lm, str(model_folder(name))
     units, embedding = [*_blocks(lm)], lm.get_input_embeddings()
     if embedding.weight is not lm.get_output_embeddings().weight:  # else it is the root's matrix
         units.append(embedding)
-    precision = MixedPrecisionPolicy(compute_dtype(ranks.device), reduce_dtype=torch.float32)
+    precision = fsdp.MixedPrecisionPolicy(compute_dtype(ranks.device), reduce_dtype=torch.float32)
+    kept = fsdp.CPUOffloadPolicy(ranks.device.type == "cuda") if cpu_offload else None  # pinned
+    where = {"mp_policy": precision, "offload_policy": kept or fsdp.OffloadPolicy()}
     for unit in [*units, policy]:
         # The root reshards too. After a forward without backward (scoring) it would otherwise stay
         # whole, and the optimizer would be built on tensors that soon vanish.
-        fully_shard(unit, mp_policy=precision, reshard_after_forward=True)
-    policy.to_empty(device=ranks.device)
+        fsdp.fully_shard(unit, reshard_after_forward=True, **where)
+    policy.to_empty(device="cpu" if cpu_offload else ranks.device)
     for module in policy.modules():  # frequencies of rotary embeddings are computed, not stored
         if module._non_persistent_buffers_set or not module._parameters:
             with implicit_replication():
@@ -872,8 +883,8 @@ def score(name: str, rollouts: Rollouts, budget: int, ranks: Ranks) -> Tensor:
 # Run folders, optimizer, checkpoints, metrics
 
 # These may change when a run is continued: they change memory and speed, but not its result.
-FREE_FLAGS = ("output", "micro_batch_tokens", "activation_checkpointing", "checkpoint_every",
-              "max_noise", "tensorboard")  # fmt: skip
+FREE_FLAGS = ("output", "micro_batch_tokens", "activation_checkpointing", "cpu_offload",
+              "checkpoint_every", "max_noise", "tensorboard")  # fmt: skip
 
 
 def start_run(

@@ -111,6 +111,8 @@ class Args:
     """share of tokens whose trainer/sampler ratio may be outside [0.9, 1.1] (bf16: up to 0.08)"""
     activation_checkpointing: bool = False
     """recompute each decoder block in the backward pass: less memory, a third more compute"""
+    cpu_offload: bool = False
+    """weights, gradients, moments lie on the CPU (16 bytes a parameter): for small GPUs, slower"""
     force: bool = False
     """train on rollouts that were sampled with top-p below 1"""
     seed: int = 0
@@ -374,7 +376,7 @@ def check_sampler(
 
 def main(args: Args) -> None:
     args.check()
-    ranks = setup_ranks()
+    ranks = setup_ranks(args.cpu_offload)
     rollouts = load_rollouts(args.rollouts)
     temperature = check_sampling(rollouts, args.force)
     targets = training_targets(args, rollouts)
@@ -386,7 +388,8 @@ def main(args: Args) -> None:
     tokenizer = load_tokenizer(args.base)
     inputs = {"rollouts": rollouts.path, "base": model_folder(args.base)}
     inputs |= {"init": model_folder(start)}
-    policy = load_policy(start, ranks, train=True, checkpointing=args.activation_checkpointing)
+    memory = {"checkpointing": args.activation_checkpointing, "cpu_offload": args.cpu_offload}
+    policy = load_policy(start, ranks, train=True, **memory)
     check_policy(policy, rollouts, start, ranks)
     budget = policy.budget(args.micro_batch_tokens)
     if not start_run(args.output, args, inputs, ranks):  # all input is checked before this

@@ -120,6 +120,8 @@ class Args:
     """the global gradient norm is clipped to this (common default)"""
     activation_checkpointing: bool = False
     """recompute each decoder block in the backward pass: less memory, a third more compute"""
+    cpu_offload: bool = False
+    """weights, gradients, moments lie on the CPU (16 bytes a parameter): for small GPUs, slower"""
     force: bool = False
     """train on rollouts that were sampled with top-p below 1"""
     seed: int = 0
@@ -439,7 +441,7 @@ def print_end(measured: dict[str, float], cost: Tensor, tokenizer: Any, ranks: R
 
 def main(args: Args) -> None:
     args.check()
-    ranks = setup_ranks()
+    ranks = setup_ranks(args.cpu_offload)
     rollouts = load_rollouts(args.rollouts)
     temperature = check_sampling(rollouts, args.force)
     behavior_logprobs, base_logprobs, signal = load_signals(args, rollouts)  # [N] each
@@ -452,7 +454,8 @@ def main(args: Args) -> None:
     tokenizer = load_tokenizer(args.base)
     inputs = {"rollouts": rollouts.path, "base": model_folder(args.base)}
     inputs |= {"init": model_folder(start), "signals": args.signals}
-    policy = load_policy(start, ranks, train=True, checkpointing=args.activation_checkpointing)
+    memory = {"checkpointing": args.activation_checkpointing, "cpu_offload": args.cpu_offload}
+    policy = load_policy(start, ranks, train=True, **memory)
     check_policy(policy, rollouts, start, ranks)
     budget = policy.budget(args.micro_batch_tokens)
     if not start_run(args.output, args, inputs, ranks):  # all input is checked before this

@@ -19,11 +19,14 @@ compute type (bfloat16: 2).
 
 The peak is the largest of four moments: in the head (all activations), in the backward of the first
 block that it reaches and of the last, in the optimizer's step. It leaves out the CUDA context, the
-buffers of NCCL, and fragmentation. The same functions without FSDP predict the memory of
-stage1_extreme.py on a CPU, which benchmarks/memory_cpu.py measures. The terms `gathered` and
-`reducing` have not been measured.
+buffers of NCCL, and fragmentation. With --cpu-offload the first three terms lie on the host, 16 P
+bytes for all ranks of a node, and `gathered` holds one more float32 copy, 4 P_root/W, of the root's
+shard on its way. The same functions without FSDP predict the memory of stage1_extreme.py on a CPU,
+which benchmarks/memory_cpu.py measures. The terms `gathered` and `reducing`, and --cpu-offload,
+have not been measured yet (benchmarks/gpu.py does it).
 
     python benchmarks/memory.py                          # Qwen3-4B on 1, 8 and 64 GPUs
+    python benchmarks/memory.py --fits                   # what fits on one GPU of 24, 48 or 80 GB
     python benchmarks/memory.py --model CONFIG_FOLDER --micro-batch-tokens 16384
 """
 
@@ -35,26 +38,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import HEAD_TILE_ELEMENTS  # noqa: E402
 
 GPU_MEMORY = 80e9  # bytes of an 80 GB GPU
 COLUMNS = ["weights", "moments", "gradients", "gathered", "reducing", "activations", "transient"]
-# From the config.json of Qwen/Qwen3-4B and Qwen3-4B-Thinking-2507.
-QWEN3_4B = {
-    "hidden_size": 2560,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "intermediate_size": 9728,
-    "vocab_size": 151936,
-    "tie_word_embeddings": True,
-    "model_type": "qwen3",
+# From the config.json of Qwen/Qwen3-0.6B and so on: hidden size, blocks, heads, MLP, tied matrices.
+QWEN3 = {
+    "0.6B": (1024, 28, 16, 3072, True),
+    "1.7B": (2048, 28, 16, 6144, True),
+    "4B": (2560, 36, 32, 9728, True),  # Qwen3-4B-Thinking-2507 too
+    "8B": (4096, 36, 32, 12288, False),
+    "14B": (5120, 40, 40, 17408, False),
+    "32B": (5120, 64, 64, 25600, False),
 }
+
+
+def qwen3(size: str) -> dict[str, Any]:
+    """Returns what the config.json of a Qwen3 says about its shape."""
+    hidden, layers, heads, mlp, tied = QWEN3[size]
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": mlp,
+        "vocab_size": 151936,
+        "tie_word_embeddings": tied,
+        "model_type": "qwen3",
+    }
 
 
 @dataclass(frozen=True)
@@ -120,6 +134,7 @@ class Setting:
     checkpointing: bool
     ranks: int = 1
     gpu: bool = True  # bfloat16 under FSDP; else float32 in one process on the CPU
+    offload: bool = False  # --cpu-offload
 
     @property
     def compute_bytes(self) -> int:
@@ -170,11 +185,12 @@ def memory(shape: Shape, setting: Setting) -> dict[str, int]:
     kept = activations(shape, setting)
     limit = HEAD_TILE_ELEMENTS["cuda" if setting.gpu else "cpu"]
     tile = 4 * min(limit, setting.response_tokens * shape.vocabulary)
-    always = {"weights": 4 * p // w, "moments": 8 * p // w}
-    sharded = 4 * p // w
+    always = {} if setting.offload else {"weights": 4 * p // w, "moments": 8 * p // w}
+    sharded = 0 if setting.offload else 4 * p // w
     gathered = reducing = 0
     if setting.gpu:
         gathered = c * (shape.root_parameters + 2 * shape.block_parameters)
+        gathered += 4 * shape.root_parameters // w if setting.offload else 0
         reducing = (c + 8) * shape.block_parameters
     # In the first micro-batch no gradient is there yet; every later one finds them.
     gradients = sharded if setting.gpu else 0
@@ -197,7 +213,7 @@ def memory(shape: Shape, setting: Setting) -> dict[str, int]:
         "transient": backward,
     }
     last_block = {
-        "gradients": (gradients or of_blocks) + head_gradient,
+        "gradients": (gradients if setting.gpu else of_blocks) + head_gradient,
         "gathered": gathered,
         "reducing": reducing,
         "activations": kept["last"],
@@ -257,10 +273,14 @@ class Args:
     """speed of a GPU: H100 SXM in bfloat16, by its data sheet"""
     utilization: float = 0.3
     """share of it that is reached (assumed; published full-parameter runs reach 0.27 to 0.39)"""
+    fits: bool = False
+    """print instead the longest row that fits on one GPU of 24, 48 and 80 GB, for each Qwen3"""
 
 
 def main(args: Args) -> None:
-    config, name = QWEN3_4B, "Qwen3-4B"
+    if args.fits:
+        return print_fits()
+    config, name = qwen3("4B"), "Qwen3-4B"
     if args.model is not None:
         config, name = json.loads((args.model / "config.json").read_text()), args.model.name
     shape = read_shape(config)
@@ -300,5 +320,38 @@ def print_row(shape: Shape, args: Args, gpus: int, tokens: int, checkpointing: b
     print("| " + " | ".join(cells) + " |")
 
 
+def longest_row(shape: Shape, card: float, offload: bool) -> int:
+    """Returns the most tokens of a row, in steps of 1,024, that fit on one GPU of `card` bytes, in
+    training and in scoring, which holds the model in bfloat16 whatever the flag."""
+    longest = 0
+    for n in range(1024, 2**18 + 1, 1024):
+        training = memory(shape, Setting(n, n, checkpointing=True, offload=offload))["peak"]
+        scoring = 2 * shape.parameters + 2 * (2 * shape.mlp + 4 * shape.hidden) * n
+        if max(training, scoring) <= card * (1 - 1 / 16):
+            longest = n
+    return longest
+
+
+def print_fits() -> None:
+    """Prints what fits on one GPU, with the weights there or on the host."""
+    cards = (24, 48, 80)
+    head = ["model", "G parameters", "--cpu-offload", "host, GB", *(f"{c} GB" for c in cards)]
+    print("| " + " | ".join(head) + " |\n|" + " --- |" * len(head))
+    for size in QWEN3:
+        shape = read_shape(qwen3(size))
+        for offload in (False, True):
+            cells = [f"Qwen3-{size}", f"{shape.parameters / 1e9:.2f}", "yes" if offload else "no"]
+            cells += [f"{16e-9 * shape.parameters:.0f}" if offload else "0"]
+            rows = [longest_row(shape, card * 1e9, offload) for card in cards]
+            print("| " + " | ".join(cells + [f"{n:,}" if n else "no" for n in rows]) + " |")
+    print(
+        "\nThe longest row in tokens (at most 262,144), all of them response tokens, with "
+        "--activation-checkpointing, also in scoring, where the GPU holds the model in bfloat16; a "
+        "sixteenth of the card is left for CUDA and fragmentation. Predicted, not yet run."
+    )
+
+
 if __name__ == "__main__":
+    import tyro  # gpu.py imports this file where tyro may lack
+
     main(tyro.cli(Args, description=__doc__))

@@ -19,12 +19,18 @@ import pytest
 import test_pipeline as pipeline
 import tiny
 import torch
+import torch.distributed as dist
 from test_pipeline import assert_same_files
+from torch.distributed import fsdp
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import build_signals
 import common
 import evaluate
+import stage2_distill
 
 ROOT = Path(common.__file__).parent
 
@@ -89,6 +95,55 @@ def test_a_checkpoint_before_the_first_step_counts_none(model_folders, ranks, tm
     assert {state["step"].item() for state in optimizer.state.values()} == {0}
 
 
+def test_a_run_goes_on_with_its_weights_on_the_cpu(tmp_path, monkeypatch):
+    """On the CPU FSDP2 copies nothing under this policy; what it does on a GPU gpu.py measures."""
+    whole, cut = (pipeline.stage2_args(tmp_path / name) for name in ("whole", "cut"))
+    stage2_distill.main(whole)
+    pipeline.run_until(6, stage2_distill.main, cut, monkeypatch)  # the last checkpoint is of step 4
+    shard, policies = fsdp.fully_shard, []
+    with monkeypatch.context() as patch:
+        patch.setattr(fsdp, "fully_shard", lambda unit, **k: policies.append(k) or shard(unit, **k))
+        stage2_distill.main(dataclasses.replace(cut, cpu_offload=True))
+    assert policies and all(
+        isinstance(k["offload_policy"], fsdp.CPUOffloadPolicy) for k in policies
+    )
+    assert_same_files(whole.output, cut.output)
+
+
+def test_weights_on_the_cpu_in_a_mesh_of_gpus(ranks, tmp_path):
+    """What --cpu-offload leaves on a GPU: DTensors that lie on the CPU while their mesh does not.
+    Clips, steps and goes back to a checkpoint as with plain tensors."""
+    mesh = DeviceMesh("cuda", [0], _init_backend=False)
+    mesh._dim_group_names = [dist.group.WORLD.group_name]  # gloo, as setup_ranks(True) adds it
+
+    def shard(x):
+        spec = DTensorSpec(mesh, (Shard(0),), TensorMeta(x.shape, x.stride(), x.dtype))
+        return DTensor(x, spec, requires_grad=False)
+
+    def train(place, folder, steps):
+        torch.manual_seed(0)
+        module, found = torch.nn.Linear(4, 6), []
+        for name, weight in list(module.named_parameters()):
+            setattr(module, name, torch.nn.Parameter(place(weight.detach())))
+        optimizer = common.make_optimizer(module, 1e-2, 0.1)
+        begun = common.load_checkpoint(folder, module, optimizer, ranks).get("step", 0)
+        for step in range(begun, steps):
+            for parameter in module.parameters():
+                generator = torch.Generator().manual_seed(step)
+                parameter.grad = place(9 * torch.randn(parameter.shape, generator=generator))
+            found.append(common.optimizer_step(module, optimizer, 1e-2, 1.0))
+            common.save_checkpoint(folder, {"step": step + 1}, module, optimizer, ranks)
+        moments = [v for state in optimizer.state.values() for v in state.values()]
+        return found, [getattr(x, "_local_tensor", x) for x in (*module.parameters(), *moments)]
+
+    norms, expected = train(lambda x: x, tmp_path / "plain", 3)
+    first, _ = train(shard, tmp_path / "offloaded", 1)
+    rest, ours = train(shard, tmp_path / "offloaded", 3)
+    assert first + rest == norms and min(norms) > 1
+    for one, other in zip(ours, expected, strict=True):
+        assert one.device.type == "cpu" and torch.equal(one, other)
+
+
 # --------------------------------------------------------------------------------------------------
 # Processes of their own: two ranks, and kill -9
 
@@ -106,6 +161,9 @@ def runs_in(folder, llama, model_folders):
         "llama": pipeline.stage1_args(folder / "llama", **long | data | dict(base=llama)),
         "teacher": pipeline.stage1_args(folder / "teacher", **long, **data),
         "student": pipeline.stage2_args(folder / "student", epochs=14, batch_size=23, **data),
+        "offloaded": pipeline.stage1_args(
+            folder / "offloaded", **long | data | dict(cpu_offload=True)
+        ),
         "signals": build_signals.Args(teachers=models, output=signals, **data),
     }
 
@@ -156,6 +214,12 @@ def test_two_ranks_are_one(one, two, llama, model_folders, ranks):
         scores, others = (common.load_tensors(p)[0] for p in (path, two / path.relative_to(one)))
         torch.testing.assert_close(scores["logprobs"], others["logprobs"], rtol=1e-4, atol=1e-5)
     assert len(list(one.glob("rollouts/logprobs/*"))) == 5
+
+
+@pytest.mark.slow
+def test_offloading_to_the_cpu_changes_no_byte_at_one_rank_or_two(one, two):
+    for folder in (one, two):
+        assert_same_files(folder / "teacher", folder / "offloaded")
 
 
 def start(args, n_ranks):

@@ -341,7 +341,7 @@ def anchor_logprobs(
 
 def main(args: Args) -> None:
     args.check()
-    ranks = setup_ranks()
+    ranks = setup_ranks(args.cpu_offload)
     rollouts = load_rollouts(args.rollouts)
     temperature = check_sampling(rollouts, args.force)
     args = choose_bounds(args, ranks)
@@ -360,7 +360,8 @@ def main(args: Args) -> None:
         return
     if teacher is None:
         print_targets(args, signal, target, rollouts, ranks)
-    policy = load_policy(start, ranks, train=True, checkpointing=args.activation_checkpointing)
+    memory = {"checkpointing": args.activation_checkpointing, "cpu_offload": args.cpu_offload}
+    policy = load_policy(start, ranks, train=True, **memory)
     check_policy(policy, rollouts, start, ranks)
     optimizer = make_optimizer(policy, args.learning_rate, args.weight_decay)
     state = load_checkpoint(args.output, policy, optimizer, ranks) or {"step": 0}

@@ -11,8 +11,8 @@ The temperatures of the base (eval/temperature-T, made by examples/temper.py) ar
 rival that is free.
 
 Reads   RUN/ base/ rollouts/ stage1/* signals/* students/* (what the stages wrote), eval/base eval/*
-        (evaluations by evaluate.py), curve/base curve/NAME/epoch-* (evaluations of the checkpoints
-        of stage1/NAME). Only eval/base is needed.
+        (evaluations by evaluate.py), curve/NAME/epoch-* (evaluations of the checkpoints of
+        stage1/NAME). Only eval/base is needed.
 Writes  RUN/summary.json, RUN/figures/accuracy_kl.png, RUN/figures/dynamics.png and RUN/report.html,
         one page that loads nothing from elsewhere.
 
@@ -268,10 +268,7 @@ def load_run(run: Path) -> tuple[dict[str, Evaluation], Paths]:
             print(f"note: {folder} is left out; it has no metrics.json yet")
         elif folder.name != "base":
             evaluations[folder.name] = load_evaluation(folder, folder.name)
-    at_start = (
-        run / "curve/base" if (run / "curve/base/metrics.json").is_file() else run / "eval/base"
-    )
-    paths: Paths = {"base": {0.0: load_evaluation(at_start, "base")}}
+    paths: Paths = {"base": {0.0: evaluations["base"]}}
     for file in sorted(run.glob("curve/*/epoch-*/metrics.json")):
         name, epoch = file.parts[-3], float(file.parts[-2].removeprefix("epoch-"))
         point = load_evaluation(file.parent, name)
@@ -601,7 +598,9 @@ def summarize(evaluations: dict[str, Evaluation], paths: Paths, args: Args) -> d
         ]
     base = evaluations["base"]
     # The base often has more samples than the policies, for the optimum's curve.
-    judged = [int(e.count.min()) for e in evaluations.values() if e is not base]
+    judged = [
+        int(e.count.min()) for e in evaluations.values() if e is not base and not is_tempered(e)
+    ]
     settings = {"problems": len(base.problems), "base_samples": int(base.count.min())}
     settings["samples"] = min(judged, default=settings["base_samples"])
     settings |= {name: base.summary["sampling"][name] for name in ("seed", *SETTINGS)}

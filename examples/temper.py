@@ -9,9 +9,10 @@ does not lie above this curve has sharpened the base and learnt nothing from the
 (arXiv 2510.14901).
 
 Reads   --model (a folder or hub name).
-Writes  OUTPUT/, the same model with another final norm; complete when its config.json is there.
+Writes  OUTPUT/T of every temperature T, the same model with another final norm; complete when its
+        config.json is there.
 
-    python examples/temper.py --model runs/arithmetic/seed0/base --temperature 0.6 --output cool
+    python examples/temper.py --model RUN/base --temperatures 0.8 0.6 --output RUN/temperature
 """
 
 from __future__ import annotations
@@ -33,14 +34,16 @@ from common import UserError
 class Args:
     model: str
     """model to temper, a folder or hub name"""
-    temperature: float
+    temperatures: tuple[float, ...]
     """T by which every logit is divided; below 1 sharpens"""
     output: Path
-    """model folder to write"""
+    """folder to write one model folder a temperature into"""
 
     def check(self) -> None:
         """Raises UserError on impossible values."""
-        common.require(self, "temperature", lambda v: 0 < v < math.inf, "above 0 and finite")
+        for temperature in self.temperatures:
+            if not 0 < temperature < math.inf:
+                raise UserError(f"--temperatures {temperature:g}: must be above 0 and finite")
 
 
 @torch.no_grad()
@@ -64,13 +67,15 @@ def temper(lm: torch.nn.Module, temperature: float, name: str) -> None:
 def main(args: Args) -> None:
     args.check()
     ranks = common.setup_ranks()
-    if (args.output / "config.json").is_file():
-        print(f"{args.output} is complete; nothing to do")
-        return
-    lm = common.load_lm(args.model, ranks.device, torch.float32, attention="sdpa")
-    temper(lm, args.temperature, args.model)
-    tokenizer = common.load_tokenizer(args.model)
-    common.save_model(common.Policy(lm), tokenizer, args.output, ranks)
+    for temperature in args.temperatures:
+        folder = args.output / f"{temperature:g}"
+        if (folder / "config.json").is_file():
+            print(f"{folder} is complete; nothing to do")
+            continue
+        lm = common.load_lm(args.model, ranks.device, torch.float32, attention="sdpa")
+        temper(lm, temperature, args.model)
+        tokenizer = common.load_tokenizer(args.model)
+        common.save_model(common.Policy(lm), tokenizer, folder, ranks)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,6 @@ def make_run(run, model):
     make_evaluation(run / "eval/student_strong", "x/students/strong", 0.9, 0.6, seed=4)
     make_evaluation(run / "eval/temperature-0.9", "x/temperature/0.9", 0.51, 0.1, seed=5)
     make_evaluation(run / "eval/temperature-0.5", "x/temperature/0.5", 0.55, 0.4, seed=6)
-    make_evaluation(run / "curve/base", "base", 0.5, None, problems=30, n=4, seed=1)
     for epoch, accuracy, kl in [(0.5, 0.6, 0.5), (1, 0.7, 1.5), (2, 0.4, 10.0)]:
         folder = run / f"curve/ce/epoch-{epoch:07.3f}"
         make_evaluation(folder, "x/stage1/ce/checkpoints/e", accuracy, kl, problems=30, n=4, seed=2)

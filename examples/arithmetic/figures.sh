@@ -84,8 +84,8 @@ link "$HERE/test.jsonl" ../test.jsonl
 for teacher in ce sapo; do link "$HERE/stage1/$teacher" "../../stage1/$teacher"; done
 judge_part() { # judge_part I: judges every second checkpoint and student, from the I-th
   local flags="--run $HERE --shard $1/2 --seed $SEED --base-run $RUN/eval/base"
-  "$PYTHON" examples/arithmetic/judge.py --what checkpoints --n $CURVE_N $flags
-  "$PYTHON" examples/arithmetic/judge.py --what students --n $STUDENT_N $flags
+  "$PYTHON" examples/arithmetic/judge.py --what checkpoints students \
+    --n $CURVE_N $STUDENT_N $flags
 }
 say "evaluation on held-out problems"
 beside judge1 judge_part 1

@@ -3,14 +3,13 @@
 Reads   RUN/base, RUN/test.jsonl, RUN/stage1/*, RUN/students/*, RUN/temperature/*.
 Writes  evaluation folders of evaluate.py. What is there already is not made again.
 
-    --what policies     RUN/eval/base, with 32 samples a problem (its pass rates give the optimum's
-                        curve), RUN/eval/NAME of every stage-1 policy, RUN/eval/student_NAME of
-                        every student, RUN/eval/temperature-T of the base at every temperature
-    --what students     RUN/eval/base and the students alone
-    --what checkpoints  RUN/curve/base and RUN/curve/STAGE1RUN/EPOCH, the early-stopping curves, on
-                        the first --problems problems
+    policies      RUN/eval/NAME of every stage-1 policy
+    students      RUN/eval/student_NAME of every student
+    temperatures  RUN/eval/temperature-T of the base at every temperature
+    checkpoints   RUN/curve/STAGE1RUN/EPOCH, the early-stopping curves; where the policy itself is
+                  judged too, its evaluation is also the last point of its curve
 
-    python examples/arithmetic/judge.py --run runs/arithmetic/seed0 --what policies --n 8
+    python examples/arithmetic/judge.py --run runs/arithmetic/seed0 --what policies students --n 8 8
 """
 
 from __future__ import annotations
@@ -30,61 +29,54 @@ import evaluate
 class Args:
     run: Path
     """folder of examples/arithmetic/run.sh"""
-    what: Literal["policies", "students", "checkpoints"]
-    """what stages 1 and 2 ended with, what stage 2 ended with, or all checkpoints of stage 1"""
+    what: tuple[Literal["policies", "students", "temperatures", "checkpoints"], ...]
+    """what to judge: see above"""
+    n: tuple[int, ...]
+    """responses per problem, one number for each of --what"""
     base_run: Path | None = None
-    """evaluation of the base on the same problems; default: made here"""
+    """evaluation of the base on the same problems; default: RUN/eval/base"""
     shard: str = "0/1"
     """i/N: judge the i-th of N parts, i from 0, to run N of these commands side by side"""
-    problems: int = 512
-    """held-out problems: the first of test.jsonl"""
-    n: int = 8
-    """responses per problem"""
     max_new_tokens: int = 128
     """token limit of a response"""
     seed: int = 0
     """seed of the sampling"""
 
 
-def policies(run: Path) -> dict[str, Path]:
-    """Returns {evaluation name: model folder} of what the stages ended with, and of the rival."""
-    cooler = {f"temperature-{f.name}": f for f in sorted(run.glob("temperature/*"))}
-    return {f.name: f for f in sorted(run.glob("stage1/*"))} | students(run) | cooler
-
-
-def students(run: Path) -> dict[str, Path]:
-    """Returns {evaluation name: model folder} of what stage 2 ended with."""
-    return {f"student_{folder.name}": folder for folder in sorted(run.glob("students/*"))}
-
-
-def checkpoints(run: Path) -> dict[str, Path]:
-    """Returns {stage-1 run / epoch: model folder}."""
-    return {f"{f.parts[-3]}/{f.name}": f for f in sorted(run.glob("stage1/*/checkpoints/epoch-*"))}
+def find(run: Path) -> dict[str, dict[str, Path]]:
+    """Returns {what: {evaluation folder in the run: model folder}}."""
+    cooler = sorted(run.glob("temperature/*"))
+    checkpoints = sorted(run.glob("stage1/*/checkpoints/epoch-*"))
+    return {
+        "policies": {f"eval/{f.name}": f for f in sorted(run.glob("stage1/*"))},
+        "students": {f"eval/student_{f.name}": f for f in sorted(run.glob("students/*"))},
+        "temperatures": {f"eval/temperature-{f.name}": f for f in cooler},
+        "checkpoints": {f"curve/{f.parts[-3]}/{f.name}": f for f in checkpoints},
+    }
 
 
 def main(args: Args) -> None:
-    whole = args.what != "checkpoints"
-    folder = args.run / ("eval" if whole else "curve")
-    problems, base = args.run / "test.jsonl", args.run / "base"
-    rows = evaluate.read_jsonl(problems)
-    if args.problems < len(rows):
-        problems = folder / "problems.jsonl"
-        evaluate.write_jsonl(problems, rows[: args.problems])
-
-    def judge(name: str, model: Path, n: int, base_run: Path | None) -> None:
-        """Evaluates one model, unless that is done."""
-        settings = {"n": n, "seed": args.seed, "max_new_tokens": args.max_new_tokens}
-        if not (folder / name / "metrics.json").is_file():
-            against = {"base": str(base), "base_run": base_run}
-            evaluate.main(evaluate.Args(str(model), problems, folder / name, **against, **settings))
-
-    if args.base_run is None:
-        judge("base", base, 32 if whole else args.n, None)
+    found, jobs = find(args.run), {}
+    if len(args.n) != len(args.what):
+        raise common.UserError(f"--n: {len(args.n)} numbers for {len(args.what)} of --what")
+    for what, n in zip(args.what, args.n, strict=True):
+        jobs |= {name: (n, model) for name, model in found[what].items()}
     part, n_parts = evaluate.parse_shard(args.shard)
-    found = {"policies": policies, "students": students, "checkpoints": checkpoints}[args.what]
-    for name, model in list(found(args.run).items())[part::n_parts]:
-        if (model / "config.json").is_file():  # an unfinished one has none
-            judge(name, model, args.n, args.base_run or folder / "base")
+    base_run = args.base_run or args.run / "eval/base"
+    for name, (n, model) in list(jobs.items())[part::n_parts]:
+        output, final = args.run / name, model.parents[1]
+        done = output.is_symlink() or (output / "metrics.json").is_file()
+        if done or not (model / "config.json").is_file():
+            continue  # an unfinished model has none
+        judged = name.startswith("curve/") and f"eval/{final.name}" in jobs
+        if judged and common.fingerprint(model) == common.fingerprint(final):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.symlink_to(Path("../../eval", final.name))
+            continue
+        settings = {"n": n, "seed": args.seed, "max_new_tokens": args.max_new_tokens}
+        settings |= {"base": str(args.run / "base"), "base_run": base_run}
+        problems = args.run / "test.jsonl"
+        evaluate.main(evaluate.Args(str(model), problems, output, **settings))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class Args:
     """solutions per step, freshly written each time"""
     learning_rate: float = 4e-3
     """peak of a warm-up and cosine schedule"""
-    hidden_size: int = 128
+    hidden_size: int = 96
     """width of the base"""
     layers: int = 2
     """decoder blocks"""

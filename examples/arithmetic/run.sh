@@ -13,10 +13,10 @@ HERE=
 source examples/arithmetic/steps.sh
 
 if [ "$KIND" = quick ]; then
-  CURVE="--n 2" TEMPERATURES="0.5"
+  TEMPERATURES="0.5"
   CE="--epochs 2" GENTLE="--epochs 1" SAPO="--epochs 2" RIVAL="--epochs 1"
 else
-  CURVE="--n 2" TEMPERATURES="0.9 0.8 0.7 0.6 0.5 0.4 0.3"
+  TEMPERATURES="0.9 0.8 0.7 0.6 0.5 0.4 0.3"
   CE="--epochs 3 --save-at 1 2 3" SAPO="--epochs 2 --save-at 0.5 1 2"
   GENTLE="--epochs 3 --save-at 0.5 1 2 3" RIVAL="--epochs 3 --save-at 0.5 1 2 3"
 fi
@@ -48,25 +48,28 @@ distil() { # distil NAME TEACHER FLAGS...: the signals teacher minus base, and t
   student "$RUN/base" "$RUN/rollouts" "$signals" "$output" --epochs $STUDENT_EPOCHS "$@"
 }
 
-say "step 0: problems, base, fixed rollouts; base samples of other problems, for the forecasts"
-base_and_rollouts
-held_out "$RUN/base" "$RUN"
+say "step 0: problems, base"
+base
 
-teachers() {
+strong_and_unlearned() {
+  sample "$RUN/base" "$RUN" $N
   stage1 ce $CE
-  stage1 sapo $SAPO
+  stage1 ce_gentle $GENTLE
   both_unlearned
 }
-rivals() {
-  stage1 ce_gentle $GENTLE
+ruined_and_rivals() { # the base is judged first, and sampled on other problems for the forecasts
+  judge_base "$RUN/eval" "$RUN/test.jsonl"
+  held_out "$RUN/base" "$RUN"
+  until [ -f "$RUN/annotated" ]; do sleep 1; done # the rollouts
+  stage1 sapo $SAPO
   stage1 sft $SFT
   [ "$KIND" = quick ] && return
   stage1 grpo $ORDINARY
   stage1 mse $MSE
 }
-say "stage 1: strong, ruined and unlearned policies; in the background the rivals"
-beside stage1 rivals
-teachers
+say "rollouts, strong and unlearned policies; in the background the base, a ruined policy, rivals"
+beside stage1 ruined_and_rivals
+strong_and_unlearned
 join
 
 strong_and_ruined() {
@@ -84,14 +87,11 @@ student "$RUN/base" "$RUN/rollouts" "$MIXED" "$RUN/students/mixed" --epochs $STU
 join
 
 say "evaluation on held-out problems; in the background every second policy"
-judge_base "$RUN/eval" "$RUN/test.jsonl"
-for t in $TEMPERATURES; do
-  "$PYTHON" examples/temper.py --model "$RUN/base" --temperature "$t" --output "$RUN/temperature/$t"
-done
+"$PYTHON" examples/temper.py --model "$RUN/base" --output "$RUN/temperature" \
+  --temperatures $TEMPERATURES
 judge_part() { # judge_part I: every second policy, from the I-th
-  local flags="--run $RUN --seed $SEED --base-run $RUN/eval/base --shard $1/2"
-  "$PYTHON" examples/arithmetic/judge.py --what policies --n $EVAL_N $flags
-  "$PYTHON" examples/arithmetic/judge.py --what checkpoints $flags $CURVE
+  timed "$RUN/eval/part$1" "$PYTHON" examples/arithmetic/judge.py --run "$RUN" --seed "$SEED" \
+    --what policies students temperatures checkpoints --n "$EVAL_N" "$EVAL_N" $CURVE_N --shard "$1/2"
 }
 beside judge1 judge_part 1
 judge_part 0

@@ -20,13 +20,13 @@ mkdir -p "$HERE/logs"
 
 if [ "$KIND" = quick ]; then
   BASE="--train 48 --test 64 --steps 150 --tried 0"
-  TRAIN=48 N=4 HELD_OUT=16 HELD_OUT_N=4 EVAL_N=4 BASE_N=8 STUDENT_EPOCHS=2
+  TRAIN=48 N=4 HELD_OUT=16 HELD_OUT_N=4 EVAL_N=4 CURVE_N="2 2" BASE_N=8 STUDENT_EPOCHS=2
   QUICKLY="--batch-size 48 --warmup-steps 0" # a few steps at least, and larger ones
   UNLEARN_RATE=1e-3 STUDENT_RATE=1e-3 LATER_RATE=1e-3 GRPO_RATE=1e-3 UNLEARN_EPOCHS=1
   CHOICE="--signal-scale 2" # so little data promises nothing
 else
   BASE=""
-  TRAIN=512 N=16 HELD_OUT=128 HELD_OUT_N=32 EVAL_N=8 BASE_N=32 STUDENT_EPOCHS=3
+  TRAIN=512 N=16 HELD_OUT=128 HELD_OUT_N=32 EVAL_N=8 CURVE_N="4 2" BASE_N=32 STUDENT_EPOCHS=3
   QUICKLY=""
   UNLEARN_RATE=2e-4 STUDENT_RATE=2e-4 LATER_RATE=1e-4 GRPO_RATE=2e-4 UNLEARN_EPOCHS=3
   CHOICE="--within-kl 1.1"
@@ -52,8 +52,11 @@ timed() { # timed OUTPUT COMMAND...: writes its seconds into HERE/seconds.jsonl 
       >> "$HERE/seconds.jsonl"
 }
 
-base_and_rollouts() { # makes RUN/base, RUN/train.jsonl, RUN/test.jsonl, RUN/rollouts
-  "$PYTHON" examples/arithmetic/make_base.py --output "$RUN" --seed "$SEED" $BASE
+base() { # makes RUN/base, RUN/train.jsonl, RUN/test.jsonl
+  timed "$RUN/base" "$PYTHON" examples/arithmetic/make_base.py --output "$RUN" --seed "$SEED" $BASE
+}
+base_and_rollouts() { # and RUN/rollouts
+  base
   sample "$RUN/base" "$RUN" $N
 }
 TAKEN=("$RUN/train.jsonl" "$RUN/test.jsonl")
@@ -129,7 +132,8 @@ judge() { # judge MODEL FOLDER PROBLEMS FLAGS...
   "$PYTHON" evaluate.py --model "$model" --problems "$problems" --output "$output" $SAMPLE "$@"
 }
 judge_base() { # judge_base FOLDER PROBLEMS: more samples, whose pass rates give the optimum
-  judge "$RUN/base" "$1/base" "$2" --n $BASE_N --base "$RUN/base"
+  # Its KL is 0; a part of the samples is enough for the entropy, which is measured with it.
+  timed "$1/base" judge "$RUN/base" "$1/base" "$2" --n $BASE_N --base "$RUN/base" --kl-samples 512
 }
 judge_policy() { # judge_policy MODEL FOLDER: on held-out problems, with the KL from RUN/base
   judge "$1" "$2" "$RUN/test.jsonl" --n "$EVAL_N" --base "$RUN/base" --base-run "$RUN/eval/base"

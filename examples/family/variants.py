@@ -397,7 +397,7 @@ class Commands:
         return [*chain, self.command("examples/family/join_signals.py", joined)]
 
     def judge(self, what: str, n: int) -> dict[str, Chain]:
-        flags = f"--run {{run}} --what {what} --n {n} --seed {{seed}} --base-run {{run}}/eval/base"
+        flags = f"--run {{run}} --what {what} --n {n} --seed {{seed}}"
         shards = [f"--shard {i}/{self.jobs}" for i in range(self.jobs)]
         script = "examples/arithmetic/judge.py"
         return {f"{what}{i}": [self.command(script, flags, s)] for i, s in enumerate(shards)}

@@ -292,7 +292,7 @@ def test_impossible_flags():
         (stage2.Args, {"objective": "kdrl", "reanchor": True}, "--reanchor --objective kdrl"),
         (stage2.Args, {"teacher": "t"}, "not --teacher"),
         (stage2.Args, {"objective": "jsd"}, "--objective jsd reads --teacher"),
-        (signals.Args, {"output": Path("o.safetensors"), "signal_floor": 4.0}, "--signal-clip 3"),
+        (signals.Args, {"output": Path("o.safetensors"), "clip": 0.0}, "--clip 0"),
     ):
         with pytest.raises(common.UserError, match=re.escape(flag)):
             args_type(**PATHS | given[args_type] | changes).check()

@@ -13,6 +13,7 @@ from pathlib import Path
 import compare
 import join_signals
 import keep_mixed
+import make_base
 import numpy as np
 import pytest
 import report
@@ -35,7 +36,6 @@ from evaluate import read_jsonl, write_jsonl
 
 SHORT = {"batch_size": 8, "micro_batch_tokens": 256, "learning_rate": 1e-3, "warmup_steps": 0}
 HELD_OUT = {"kl_holdout": 0.25, "kl_every": 2}
-STAGE_2 = stage2_distill.Args("b", Path("r"), Path("s"), Path("o"))
 TARGETS = {"objective": "regression", "signal_clip": 1.0, "token_kl": 10.0} | HELD_OUT
 
 
@@ -145,15 +145,8 @@ def test_constructions(names, rollouts):
         assert found[t].item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_scale_leaves_as_many_targets_as_wanted():
-    signal, base = torch.tensor([-1.0, -2.0, 9.0, 0.0]), torch.full((4,), 0.05).log()
-    args = dataclasses.replace(STAGE_2, signal_clip=3.0, signal_floor=1.5, token_kl=0.5)
-    found = [signals.scale_for_targets(signal, base, wanted, args) for wanted in (1, 1.1, 2, 3)]
-    assert found == [(pytest.approx(2**-0.25), 1)] + [(pytest.approx(2**0.75), 2)] * 3
-
-
 def test_signals_files(tmp_path):
-    """A file of one term, of two weighted ones, and one made here; then scaled for stage 2."""
+    """A file of one term, of two weighted ones, and one made here."""
     plain, folder = tiny.signals(), tiny.setting()
     base, other, old = *(str(folder / n) for n in ("base", "other")), common.load_tensors(plain)[0]
 
@@ -175,10 +168,29 @@ def test_signals_files(tmp_path):
         assert torch.allclose(made["signal"], factor * old["signal"], atol=1e-5)
     with pytest.raises(common.UserError, match=r"--weights \[2.0, -1.0\]"):
         construct("d", two, combine="mean")
-    made, _ = construct("e", tmp_path / "a.safetensors", targets_per_wrong=3.0)
-    target = stage2_distill.bounded_target(made["signal"], made["base_logprobs"], STAGE_2)
-    report = common.read_json(tmp_path / "e.json")
-    assert int((target < 0).sum()) == report["blamed"] >= report["blamed_wanted"] > 0
+    assert torch.equal(construct("e", tmp_path / "a.safetensors")[0]["signal"], old["signal"])
+
+
+def test_the_forecast_of_a_constructed_signal(tmp_path):
+    """It is that of build_signals.py where the construction changes nothing; without policies, or
+    with the verdicts of the held-out problems in the signal, there is none."""
+    plain, folder = tiny.signals(), tiny.setting()
+    base, held = str(folder / "base"), tmp_path / "held"
+    held_out = tiny.write_rollouts(held, folder / "test.jsonl", make_base.make_tokenizer())
+    metadata = {"model_fingerprint": common.fingerprint(folder / "base")}
+    tiny.save_rollouts(dataclasses.replace(held_out, metadata=held_out.metadata | metadata))
+    given = {"held_out_rollouts": held, "output": tmp_path / "built.safetensors"}
+    data = folder / "rollouts", base
+    build_signals.main(build_signals.Args(*data, (str(folder / "other"),), **given))
+    given["output"] = tmp_path / "same.safetensors"
+    signals.main(signals.Args(*data, (plain,), **given))
+    found = [common.read_json(tmp_path / f"{name}.json")["forecast"] for name in ("built", "same")]
+    assert found[0] == found[1] and found[0]["held_out"] and found[0]["problems"] == 4
+    given["output"] = tmp_path / "again.safetensors"
+    with pytest.raises(common.UserError, match="was made from signals and has no policies"):
+        signals.main(signals.Args(*data, (tmp_path / "same.safetensors",), **given))
+    with pytest.raises(common.UserError, match="no forecast can be made with --verdict"):
+        signals.main(signals.Args(*data, (plain,), verdict="aligned", **given))
 
 
 def test_two_halves(tmp_path):

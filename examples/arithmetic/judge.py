@@ -37,6 +37,8 @@ class Args:
     """evaluation of the base on the same problems; default: RUN/eval/base"""
     shard: str = "0/1"
     """i/N: judge the i-th of N parts, i from 0, to run N of these commands side by side"""
+    kl_samples: int = 2048
+    """responses on which a KL is measured, spread evenly over all"""
     max_new_tokens: int = 128
     """token limit of a response"""
     seed: int = 0
@@ -74,7 +76,11 @@ def main(args: Args) -> None:
             output.symlink_to(Path("../../eval", final.name))
             continue
         settings = {"n": n, "seed": args.seed, "max_new_tokens": args.max_new_tokens}
-        settings |= {"base": str(args.run / "base"), "base_run": base_run}
+        settings |= {
+            "kl_samples": args.kl_samples,
+            "base": str(args.run / "base"),
+            "base_run": base_run,
+        }
         problems = args.run / "test.jsonl"
         evaluate.main(evaluate.Args(str(model), problems, output, **settings))
 

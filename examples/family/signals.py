@@ -1,4 +1,4 @@
-"""Builds a new signals file from files of build_signals.py, in four steps; stage 2 accepts it.
+"""Builds a new signals file from files of build_signals.py, in three steps; stage 2 accepts it.
 
     1  combine the terms x_i = teacher_i - reference_i of all files
        sum         sum_i w_i x_i
@@ -11,9 +11,9 @@
        clip        min(max(x, -c), c)
        log_mixture log(alpha e^x + 1 - alpha): from below by log(1 - alpha), not from above  (TOP-D)
        power       sign(x) |x|^p
-    4  scale, so that the bounds of stage 2 leave a given number of targets for each wrong response.
-       A wrong response has one first mistake. After this step it no longer matters how far a
-       teacher has moved, and many right responses do not outweigh few wrong ones.
+
+How loud a signal is, and within which bounds a student should follow it, is then chosen by the same
+forecast as that of build_signals.py (--held-out-rollouts, and --within-kl of stage 2).
 
 A file that this script or join_signals.py wrote is one term, its signal. The log-probs of several
 teachers and references come from common.score, which keeps them in ROLLOUTS/logprobs/.
@@ -23,7 +23,7 @@ teacher, recovery minus unlearned, base minus unlearned (docs/family.md shows th
 
 Reads   --signals, --rollouts, --base, and the policies that the files of several teachers name.
 Writes  OUTPUT (.safetensors): signal, behavior_logprobs and base_logprobs; the metadata of the
-        first file and "construction". OUTPUT with suffix .json: the diagnostics.
+        first file and "construction". OUTPUT with suffix .json: diagnostics and forecast.
 
     python examples/family/signals.py --rollouts D --base B --signals F1 F2 --combine agreement \\
         --verdict aligned --output F
@@ -34,7 +34,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -44,7 +44,14 @@ import torch
 from torch import Tensor
 
 import stage2_distill
-from build_signals import diagnose, is_complete, print_report
+from build_signals import (
+    diagnose,
+    forecasts,
+    is_complete,
+    load_held_out,
+    print_forecast,
+    print_report,
+)
 from common import (
     Ranks,
     Rollouts,
@@ -91,16 +98,12 @@ class Args:
     """alpha of log_mixture, the teacher's share in the proximal teacher (NeMo-RL's example: 0.2)"""
     power: float = 0.5
     """p of power; below 1 it lifts what is small (ours)"""
-    targets_per_wrong: float = 0.0
-    """scale to so many blamed tokens per wrong response, at --signal-scale 1 (ours); 0: off"""
-    signal_clip: float = stage2_distill.Args.signal_clip
-    """c of stage 2, nats per token, for --targets-per-wrong"""
-    signal_floor: float = stage2_distill.Args.signal_floor
-    """floor of stage 2, nats per token, for --targets-per-wrong"""
-    token_kl: float = stage2_distill.Args.token_kl
-    """delta of stage 2, nats, for --targets-per-wrong"""
+    held_out_rollouts: Path | None = None
+    """base rollouts of other problems than --rollouts: the forecast is made there"""
     micro_batch_tokens: int = 16384
     """token budget of a packed row, where policies are scored"""
+    force: bool = False
+    """accept rollouts that were sampled with top-p below 1"""
 
     def check(self) -> None:
         """Raises UserError on impossible values."""
@@ -110,13 +113,12 @@ class Args:
         if self.output.suffix != ".safetensors":
             raise UserError(f"--output {self.output}: the name must end in .safetensors")
         require(self, "weights", lambda v: all(map(math.isfinite, v)), "finite")
-        require(self, "clip signal_clip token_kl", lambda v: v > 0, "above 0")
+        require(self, "clip", lambda v: v > 0, "above 0")
         require(self, "power", lambda v: 0 < v < math.inf, "above 0 and finite")
-        require(self, "signal_floor targets_per_wrong", lambda v: v >= 0, "0 or more")
-        low_enough = f"at most --signal-clip {self.signal_clip:g}, else no target is left"
-        require(self, "signal_floor", lambda v: v <= self.signal_clip, low_enough)
         require(self, "alpha", lambda v: 0 < v <= 1, "above 0 and at most 1")
         require(self, "verdict_eps", lambda v: 0 <= v <= 1, "between 0 and 1")
+        if self.held_out_rollouts and self.verdict != "none":
+            raise UserError("--held-out-rollouts: no forecast can be made with --verdict; drop one")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -185,26 +187,6 @@ def construct(terms: Tensor, weights: Tensor, rollouts: Rollouts, args: Args) ->
     return torch.where(rollouts.response_mask, BOUND[args.bound](signal, args), 0.0)
 
 
-SCALES = [2 ** (k / 4) for k in range(-24, 41)]  # 1/64 ... 1024
-
-
-def scale_for_targets(
-    signal: Tensor, base_logprobs: Tensor, wanted: float, bounds: stage2_distill.Args
-) -> tuple[float, int]:
-    """Finds the least of SCALES at which stage 2 leaves `wanted` of the tokens [N] a target below
-    0; where none does, the one that leaves most. Returns the scale and the tokens left."""
-    best = (1.0, 0)
-    for scale in SCALES:
-        scaled_bounds = replace(bounds, signal_scale=scale)
-        target = stage2_distill.bounded_target(signal, base_logprobs, scaled_bounds)
-        left = int((target < 0).sum())
-        if left >= wanted:
-            return scale, left
-        if left > best[1]:
-            best = (scale, left)
-    return best
-
-
 def compare(terms: Tensor, signal: Tensor, rollouts: Rollouts) -> dict[str, float | None]:
     """Measures what the constructions depend on, as shares of the response tokens.
 
@@ -248,10 +230,18 @@ def score_role(path: Path, role: str, rollouts: Rollouts, budget: int, ranks: Ra
 def file_terms(
     path: Path, args: Args, rollouts: Rollouts, ranks: Ranks
 ) -> tuple[list[Tensor], list[float]]:
-    """The terms [N] of one file and their weights."""
+    """The terms [N] of one file on some rollouts, its own or others, and their weights.
+
+    Raises UserError where they are others, and the file has no policies to score them with."""
     tensors, metadata = load_tensors(path)
-    if "construction" in metadata or "crossfit" in metadata or metadata["weights"] == [1.0]:
+    made, own = metadata.keys() & {"construction", "crossfit"}, rollouts.path.parent
+    if own == args.rollouts and (made or metadata["weights"] == [1.0]):
         return [tensors["signal"]], [1.0]
+    if made:
+        raise UserError(
+            f"--held-out-rollouts: {path} was made from signals and has no policies to score "
+            "others with; drop the flag, or give files of build_signals.py"
+        )
     terms = []
     for i in range(len(metadata["weights"])):
         roles = (f"teacher_{i}", f"reference_{i}")
@@ -261,12 +251,12 @@ def file_terms(
 
 
 def load_terms(args: Args, rollouts: Rollouts, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """The terms [K, N] of all files and their weights [K].
+    """The terms [K, N] of all files on some rollouts, and their weights [K].
 
     Raises UserError as stage 2 would, and on weights that do not fit."""
     terms, weights, behavior = [], [], None
     for path in args.signals:
-        checked = stage2_distill.load_signals(stage2_bounds(args, path), rollouts)
+        checked = stage2_distill.load_signals(stage2_args(args, path), load_rollouts(args.rollouts))
         behavior = checked[0] if behavior is None else behavior
         if not torch.equal(checked[0], behavior):
             raise UserError(
@@ -287,30 +277,12 @@ def load_terms(args: Args, rollouts: Rollouts, ranks: Ranks) -> tuple[Tensor, Te
     return torch.stack(terms), torch.tensor(weights)
 
 
-def stage2_bounds(args: Args, signals: Path) -> stage2_distill.Args:
-    """The arguments of a stage 2 that would use these bounds and this file."""
-    bounds = {name: getattr(args, name) for name in BOUNDS}
-    return stage2_distill.Args(args.base, args.rollouts, signals, args.output, **bounds)
+def stage2_args(args: Args, signals: Path) -> stage2_distill.Args:
+    """The arguments of a stage 2 that would use this file."""
+    return stage2_distill.Args(args.base, args.rollouts, signals, args.output)
 
 
-BOUNDS = ("signal_clip", "signal_floor", "token_kl")  # of stage 2
 STEPS = ("combine", "verdict", "verdict_eps", "bound", "clip", "alpha", "power")
-
-
-def scaled_to_targets(
-    signal: Tensor, base_logprobs: Tensor, rollouts: Rollouts, args: Args
-) -> tuple[Tensor, dict[str, float]]:
-    """Takes the fourth step: the scaled signal [N], and what the report says of it."""
-    n_wrong = int((rollouts.rewards == 0).sum())
-    if not n_wrong:
-        raise UserError(
-            f"--targets-per-wrong: no response of {args.rollouts} is wrong; drop the flag, or "
-            "sample more"
-        )
-    wanted, mask = args.targets_per_wrong * n_wrong, rollouts.response_mask
-    bounds = stage2_bounds(args, args.output)
-    scale, left = scale_for_targets(signal[mask], base_logprobs[mask], wanted, bounds)
-    return scale * signal, {"scale": scale, "blamed": left, "blamed_wanted": wanted}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -320,23 +292,31 @@ def main(args: Args) -> None:
     args.check()
     ranks = setup_ranks()
     rollouts = load_rollouts(args.rollouts)
+    held_out = load_held_out(args, rollouts) if args.held_out_rollouts else None
     tokenizer = load_tokenizer(args.base)
     terms, weights = load_terms(args, rollouts, ranks)
     arrays, metadata = load_tensors(args.signals[0])
-    used = STEPS + (("targets_per_wrong", *BOUNDS) if args.targets_per_wrong else ())
-    construction = {name: getattr(args, name) for name in used} | {"weights": list(args.weights)}
+    construction = {name: getattr(args, name) for name in STEPS} | {"weights": list(args.weights)}
     construction["of"] = [fingerprint(path) for path in args.signals]
     metadata |= {"construction": construction}
+    metadata["forecast_for"] = [fingerprint(held_out.path) if held_out else None]
     if is_complete(args.output, metadata, ranks):
         return
-    signal, scaling = construct(terms, weights, rollouts, args), {}
-    if args.targets_per_wrong:
-        signal, scaling = scaled_to_targets(signal, arrays["base_logprobs"], rollouts, args)
-    report = diagnose(signal, rollouts, tokenizer) | compare(terms, signal, rollouts) | scaling
+    signal = construct(terms, weights, rollouts, args)
+    report = diagnose(signal, rollouts, tokenizer) | compare(terms, signal, rollouts)
+    report["forecast"] = None
+    if held_out:
+        on_others = construct(*load_terms(args, held_out, ranks), held_out, args)
+        base_logprobs = score(args.base, held_out, args.micro_batch_tokens, ranks)
+        bounds = stage2_args(args, args.output)  # its defaults stand beside the grid
+        report["forecast"] = forecasts(on_others, base_logprobs, held_out, bounds)
+        report["forecast"]["held_out"] = True
     if ranks.rank == 0:
         write_json(args.output.with_suffix(".json"), report | metadata)
         save_tensors(args.output, arrays | {"signal": signal}, metadata)
     print_report(report, args.output, ranks)
+    if held_out:
+        print_forecast(report, ranks)
 
 
 if __name__ == "__main__":

@@ -100,11 +100,10 @@ LONGER = (
 LONGER_EPOCHS = "--epochs 4 --save-at 3 4"
 
 # Their students; the signal is teacher minus base. Teachers moved by very different amounts, so
-# each signal is scaled until 1.3 tokens are blamed for each wrong response, which is about what the
-# strongest signals do at scale 1.
-BOUNDS = "--signal-clip 3 --signal-floor 1 --token-kl 0.2"
-SCALED = f"--targets-per-wrong 1.3 {BOUNDS}"
-STUDENT = f"--objective regression --epochs 2 --learning-rate 2e-4 --signal-scale 1 {BOUNDS}"
+# each student takes the scale and bounds of the best forecast within one KL, on held-out problems.
+# A signal that promises nothing is listed as failed, with that reason.
+WITHIN = "--within-kl 1.1"
+STUDENT = "--objective generalized_kl --epochs 3 --learning-rate 2e-4"
 
 # Policies that signals are built against, in chains: a later one may start from an earlier one.
 REFERENCES = {
@@ -129,69 +128,51 @@ REFERENCES = {
     },
 }
 # Signals, NAME: (how it is built, its stage 2). First come those of policies, then those of other
-# signals.
-DEFAULT_BOUNDS = "--signal-clip 2.5 --signal-floor 1.5 --token-kl 0.5"
-DEFAULT = f"--signal-scale 8 {DEFAULT_BOUNDS}"
+# signals. The default's bounds are those that its forecast preferred on seed 0; they stand here so
+# that trust regions can be changed one at a time. Where no forecast can be made (a signal that
+# knows the verdicts, one joined from two halves) they are used too.
+DEFAULT = "--signal-scale 6 --signal-clip 2 --signal-floor 0.6 --token-kl 1.5"
 SIGNALS = {
     "mse_unlearned": ("--teachers {base} --references {stage1}/mse_unlearned", DEFAULT),
-    "ce_unlearned": (
-        "--teachers {base} --references {stage1}/ce_unlearned",
-        "--signal-scale 4 --signal-clip 4 --signal-floor 1 --token-kl 0.5",
-    ),
-    "strong": (
-        "--teachers {stage1}/ce --references {base}",
-        "--signal-scale 1.5 --signal-clip 2.5 --signal-floor 1.5 --token-kl 0.3",
-    ),
-    "ruined": (
-        "--teachers {stage1}/sapo --references {base}",
-        "--signal-scale 1 --signal-clip 3 --signal-floor 1.5 --token-kl 0.15",
-    ),
+    "ce_unlearned": ("--teachers {base} --references {stage1}/ce_unlearned", WITHIN),
+    "strong": ("--teachers {stage1}/ce --references {base}", WITHIN),
+    "ruined": ("--teachers {stage1}/sapo --references {base}", WITHIN),
     "ruined_minus_unlearned": (
         "--teachers {stage1}/sapo --references {stage1}/mse_unlearned",
-        "--signal-scale 1 --signal-clip 3 --signal-floor 1.5 --token-kl 0.15",
+        WITHIN,
     ),
-    "memorised": (
-        "--teachers {stage1}/memorised --references {base}",
-        "--signal-scale 1.5 --signal-clip 3 --signal-floor 3 --token-kl 0.3",
-    ),
+    "memorised": ("--teachers {stage1}/memorised --references {base}", WITHIN),
     "memorised_minus_unlearned": (
         "--teachers {stage1}/memorised --references {stage1}/mse_unlearned",
-        "--signal-scale 1.5 --signal-clip 3 --signal-floor 3 --token-kl 0.3",
+        WITHIN,
     ),
-    "recovery": (
-        "--teachers {stage1}/recovered --references {stage1}/ce_unlearned",
-        "--signal-scale 4 --signal-clip 2.5 --signal-floor 1.5 --token-kl 0.5",
-    ),
+    "recovery": ("--teachers {stage1}/recovered --references {stage1}/ce_unlearned", WITHIN),
     "strong_minus_unlearned": (
         "--teachers {stage1}/ce --references {stage1}/mse_unlearned",
-        "--signal-scale 1.5 --signal-clip 3 --signal-floor 1.5 --token-kl 0.3",
+        WITHIN,
     ),
-    "collapsed": (
-        "--teachers {base} --references {stage1}/collapsed",
-        "--signal-scale 1 --signal-clip 3 --signal-floor 1.5 --token-kl 0.15",
-    ),
-    "collapse_recovery": (
-        "--teachers {stage1}/risen --references {stage1}/collapsed",
-        "--signal-scale 1 --signal-clip 3 --signal-floor 1.5 --token-kl 0.15",
-    ),
+    "collapsed": ("--teachers {base} --references {stage1}/collapsed", WITHIN),
+    "collapse_recovery": ("--teachers {stage1}/risen --references {stage1}/collapsed", WITHIN),
     "crossfit": ("", DEFAULT),  # its files are made in a chain of its own
     "mean": (
         "--signals {signals}/mse_unlearned.safetensors {signals}/ce_unlearned.safetensors "
         "--combine mean",
-        "--signal-scale 10 --signal-clip 2.2 --signal-floor 1.5 --token-kl 0.5",
+        WITHIN,
     ),
-    # The strong teacher and the unlearned policy, whose weight is 8 as in the default. Both terms
-    # are added, or kept only where they agree (scale 9: the mean times the sum of the weights).
+    # The strong teacher at a tenth of the unlearned policy's weight, as in run.sh. Both terms are
+    # added, or kept only where they agree.
     "sum": (
         "--signals {signals}/strong.safetensors {signals}/mse_unlearned.safetensors "
-        "--weights 1 8 --combine sum",
-        "--signal-scale 1 --signal-clip 2.5 --signal-floor 1.5 --token-kl 0.5",
+        "--weights 0.1 2 --combine sum",
+        WITHIN,
     ),
     "agreement": (
         "--signals {signals}/strong.safetensors {signals}/mse_unlearned.safetensors "
-        "--weights 1 8 --combine agreement",
-        "--signal-scale 9 --signal-clip 2.5 --signal-floor 1.5 --token-kl 0.5",
+        "--weights 0.1 2 --combine agreement",
+        WITHIN,
     ),
+    "log_mixture": ("--signals {signals}/mse_unlearned.safetensors --bound log_mixture", WITHIN),
+    "power": ("--signals {signals}/mse_unlearned.safetensors --bound power", WITHIN),
     "verdict_aligned": ("--signals {signals}/mse_unlearned.safetensors --verdict aligned", DEFAULT),
     "verdict_scaled": (
         "--signals {signals}/mse_unlearned.safetensors --verdict scaled",
@@ -199,19 +180,7 @@ SIGNALS = {
         "--learning-rate 1e-4",
     ),
 }
-# The default's signal under the stage 2 of the objectives, so that they can be compared with it.
-# And the default's signal bounded by functions that change its size; these are scaled to about as
-# many blamed tokens as the default's.
-SCALED_DEFAULT = f"--targets-per-wrong 1.35 {DEFAULT_BOUNDS}"
-OF_DEFAULT = "--signals {signals}/mse_unlearned.safetensors"
-OF_SCALED = f"--signal-scale 1 {DEFAULT_BOUNDS}"
-SIGNALS |= {
-    "as_objectives": (f"{OF_DEFAULT} {SCALED}", STUDENT),
-    "log_mixture": (f"{OF_DEFAULT} --bound log_mixture {SCALED_DEFAULT}", OF_SCALED),
-    "power": (f"{OF_DEFAULT} --bound power {SCALED_DEFAULT}", OF_SCALED),
-}
 DEFAULT_SIGNAL = "mse_unlearned"
-SIGNAL_STUDENT = "--objective regression --epochs 3 --learning-rate 3e-4"
 
 # Stage 2, NAME: (signal, what differs from the default). First come the trust regions.
 TRUST = {
@@ -223,6 +192,7 @@ TRUST = {
 }
 # Then the objectives. A clone has the name of its teacher instead of a signal.
 STAGE2 = {
+    "regression": (DEFAULT_SIGNAL, "--objective regression"),
     "pg": (DEFAULT_SIGNAL, "--objective pg --learning-rate 2e-4"),
     "pg_wide": (DEFAULT_SIGNAL, "--objective pg --learning-rate 2e-4 --clip-low 0.9 --clip-high 2"),
     # Extrapolation away from the unlearned reference: policy = U + 9 (base - U) = base + 8 (...).
@@ -347,6 +317,8 @@ class Commands:
     def build(self, name: str, flags: str) -> list[str]:
         script = "build_signals.py" if "--teachers" in flags else "examples/family/signals.py"
         data = "--base {base} --rollouts {run}/rollouts"
+        if "--verdict" not in flags:
+            data += " --held-out-rollouts {run}/held_out/rollouts"
         return self.command(script, data, f"--output {{signals}}/{name}.safetensors", flags)
 
     def distil(self, name: str, *flags: str) -> list[str]:
@@ -355,6 +327,8 @@ class Commands:
         return self.command("examples/family/stage2.py", DATA, output, BUDGET, *flags, small)
 
     def student(self, name: str, signal: str, *flags: str) -> list[str]:
+        if self.quick:  # so little data promises nothing
+            flags = tuple(text.replace(WITHIN, "--signal-scale 2") for text in flags)
         return self.distil(name, f"--signals {{signals}}/{signal}.safetensors", *flags)
 
     # Chains of them
@@ -372,8 +346,7 @@ class Commands:
     def student_of_teacher(self, name: str) -> Chain:
         return [
             self.build(name, f"--teachers {{stage1}}/{name} --references {{base}}"),
-            self.build(f"scaled/{name}", f"--signals {{signals}}/{name}.safetensors {SCALED}"),
-            self.student(name, f"scaled/{name}", STUDENT),
+            self.student(name, name, STUDENT, WITHIN),
         ]
 
     def crossfit(self) -> Chain:
@@ -410,16 +383,24 @@ class Commands:
     def data(self) -> list[dict[str, Chain]]:
         sampling = "--model {base} --max-new-tokens 128 --seed {seed}"
         size = "--train 48 --test 64 --steps 150" if self.quick else ""
-        # The base has twice a student's samples, for the curve of the optimum.
-        n, n_test = (4, 4) if self.quick else (16, 8)
+        # The base's pass rates, of 32 samples, give the curve of the optimum.
+        n, n_test, n_held_out = (4, 4, 4) if self.quick else (16, 32, 32)
         script = "examples/arithmetic/make_base.py"
         base = self.command(script, "--output {run} --seed {seed}", size)
         flags = f"--problems {{run}}/train.jsonl --output {{run}}/rollouts --n {n}"
         rollouts = self.command("evaluate.py", sampling, flags)
         mark = self.command("examples/arithmetic/annotate.py", "--rollouts {run}/rollouts")
         flags = f"--problems {{run}}/test.jsonl --output {{run}}/eval/base --n {n_test}"
-        judged = self.command("evaluate.py", sampling, flags, "--base {base}")
-        return [{"base": [base]}, {"rollouts": [rollouts, mark], "base_judged": [judged]}]
+        judged = self.command("evaluate.py", sampling, flags, "--base {base} --kl-samples 512")
+        # Base samples of other problems, for the forecasts.
+        fresh = f"--name held-out --n {16 if self.quick else 128} --seed {{seed}}"
+        taken = "--without {run}/train.jsonl {run}/test.jsonl"
+        place = "--output {run}/held_out/train.jsonl"
+        problems = self.command("examples/arithmetic/problems.py", place, fresh, taken)
+        flags = "--problems {run}/held_out/train.jsonl --output {run}/held_out/rollouts"
+        held_out = self.command("evaluate.py", sampling, flags, f"--n {n_held_out}")
+        last = {"rollouts": [rollouts, mark], "held_out": [problems, held_out]}
+        return [{"base": [base]}, last | {"base_judged": [judged]}]
 
     def teachers(self) -> list[dict[str, Chain]]:
         return [{name: [self.teacher(name)] for name in self.chosen(OBJECTIVES)}]
@@ -465,7 +446,7 @@ class Commands:
         """Makes the students of the lines of SIGNALS that are taken."""
         table = dict(itertools.compress(SIGNALS.items(), taken))
         return {
-            name: [self.student(name, name, SIGNAL_STUDENT, flags)]
+            name: [self.student(name, name, STUDENT, flags)]
             for name, (_, flags) in self.chosen(table).items()
         }
 
@@ -481,8 +462,8 @@ class Commands:
             if name in CLONES:
                 chains[name] = self.clone(name, source, flags)
             else:
-                bounds = SIGNALS[source][1]
-                chains[name] = [self.student(name, source, SIGNAL_STUDENT, bounds, flags)]
+                bounds = "" if "--signal-scale" in flags else SIGNALS[source][1]
+                chains[name] = [self.student(name, source, STUDENT, bounds, flags)]
         return chains
 
     def curves(self) -> list[dict[str, Chain]]:

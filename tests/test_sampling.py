@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -105,6 +106,24 @@ def test_the_stored_log_probs_are_those_of_our_forward(whole, ranks):
     assert (rollouts.response_lens[rollouts.truncated] == 16).all()
     assert int((rollouts.tokens == 1).sum()) == int((~rollouts.truncated).sum())
     assert rollouts.problem_index.tolist() == [i for i in range(4) for _ in range(4)]
+
+
+def test_rows_that_have_ended_leave_the_batch(monkeypatch):
+    """The others go on with their part of the cache: greedy responses are those of a row alone."""
+    model, args = command(Path("o")).model, command(Path("o"), temperature=0.0, max_new_tokens=24)
+    lm = common.load_lm(model, torch.device("cpu"), torch.float32, attention="sdpa")
+    tokenizer, eos = common.load_tokenizer(model), [1, *range(20, 90, 4)]  # many ends
+    prompts = [tokenizer(f"{i}+{i + 1}-{9 - i}=?" * (1 + i % 3)).input_ids for i in range(9)]
+    alone = [evaluate.sample_batch(lm, [prompt], eos, 0, args)[0] for prompt in prompts]
+    rows, generate = [], lm.generate
+    monkeypatch.setattr(lm, "generate", lambda x, **k: rows.append(len(x)) or generate(x, **k))
+    together = evaluate.sample_batch(lm, prompts, eos, 0, args)
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one.tokens, other.tokens) and one.truncated == other.truncated
+        torch.testing.assert_close(one.logprobs, other.logprobs, atol=1e-5, rtol=1e-5)
+    assert len({len(response.tokens) for response in alone}) > 2
+    assert rows[0] == 9 and len(rows) > 2
+    assert all(3 * a >= 4 * b for a, b in itertools.pairwise(rows))
 
 
 def test_finished_units_are_not_sampled_again(tmp_path, whole, monkeypatch):

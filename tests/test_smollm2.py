@@ -45,7 +45,8 @@ def test_every_worked_solution_verifies_and_every_step_of_it_is_equal(tmp_path):
 
 
 def test_the_warm_start_names_no_other_animals(tmp_path):
-    shown = short_problems.shown_animals(0)
+    shown = short_problems.shown_animals(0.5, 0)
+    assert len(short_problems.shown_animals(0, 0)) == 8  # numbers of legs: 0 2 4 5 6 8 10 14
     args = short_problems.Args(tmp_path, warm_start=40, train=40)
     files = short_problems.make(args)
 

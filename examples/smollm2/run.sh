@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the whole method on a pretrained language model of 135 M parameters: two cores, no GPU needed.
+# Runs the whole method on a pretrained language model of 135 M parameters: two cores, no GPU.
 #
 #   bash examples/smollm2/run.sh             # runs/smollm2/seed0: summary.json, report.html
 #   SEED=1 bash examples/smollm2/run.sh      # fresh problems
@@ -7,9 +7,10 @@
 #   FULL=1 bash examples/smollm2/run.sh      # more signals and rivals, in the same folder
 #   MODEL=hub/name PROBLEMS=gsm8k bash examples/smollm2/run.sh     # docs/recipes.md
 #
-# The same command continues an interrupted run. Every setting below was chosen on seed 0. Variables:
+# The same command continues an interrupted run. It fills 12 GB of disk. Variables:
 #   MODEL      a folder or hub name; default: SmolLM2-135M-Instruct from a PyPI package
 #   SETS       of short_problems.py, or PROBLEMS: a file or a short name of problem_sets.py
+#   WORKED, SHOWN   solutions of the warm start, share of the animals that they name
 #   TRAIN, N, TEST                    problems, responses to each, problems to judge on
 #   PROMPT, SWITCHES, MAX_NEW_TOKENS  as --prompt-template, --chat-template-kwargs and
 #                                     --max-new-tokens of evaluate.py
@@ -26,17 +27,18 @@ MODEL=${MODEL:-} PROBLEMS=${PROBLEMS:-}
 if [ "$KIND" = quick ]; then
   SETS=${SETS:-small_sums} # hardly warmed up, a model is right sometimes only where it is easy
   TRAIN=${asked_train:-4} N=${asked_n:-4} TEST=${asked_test:-4}
-  HELD_OUT=2 HELD_OUT_N=4 EVAL_N=2 BASE_N=2 RIVALS=0
-  WORKED=48 WARM_BATCH=4 EPOCHS=1 TEMPERATURES=0.5 BATCH=16
+  HELD_OUT=2 HELD_OUT_N=4 EVAL_N=2 BASE_N=2 RIVALS=0 CURVE=0
+  WORKED=${WORKED:-48} WARM_BATCH=4 EPOCHS=1 TEMPERATURES=0.5 BATCH=16
   CHOICE="--signal-scale 1" # so little data promises nothing
 else
   SETS=${SETS:-leg_counting}
   TRAIN=${asked_train:-96} N=${asked_n:-8} TEST=${asked_test:-96}
-  HELD_OUT=48 HELD_OUT_N=16 EVAL_N=4 BASE_N=8 RIVALS=2
-  WORKED=416 WARM_BATCH=8 EPOCHS=2 TEMPERATURES="0.7 0.5 0.3" BATCH=64
+  HELD_OUT=48 HELD_OUT_N=16 EVAL_N=4 BASE_N=8 RIVALS=2 CURVE=0
+  WORKED=${WORKED:-288} WARM_BATCH=8 EPOCHS=2 TEMPERATURES="0.7 0.5 0.3" BATCH=64
   CHOICE="--within-kl 1"
+  [ "${FULL:-0}" != 1 ] || RIVALS=8 CURVE=12 # for the time that it will take
 fi
-MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-48} RATE=${RATE:-1e-4}
+SHOWN=${SHOWN:-0.5} MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-48} RATE=${RATE:-1e-4}
 PROMPT=${PROMPT:-"{problem}"}
 SAMPLING=(--max-new-tokens "$MAX_NEW_TOKENS" --prompt-template "$PROMPT" --seed "$SEED")
 [ -z "${SWITCHES:-}" ] || SAMPLING+=(--chat-template-kwargs "$SWITCHES")
@@ -75,7 +77,7 @@ if [ -z "$MODEL" ]; then
   fi
 fi
 if [ ! -f "$RUN/warm_start.jsonl" ]; then
-  SOURCE="--sets $SETS --warm-start $WORKED"
+  SOURCE="--sets $SETS --shown $SHOWN --warm-start $WORKED"
   if [ -n "$PROBLEMS" ]; then
     "$PYTHON" examples/problem_sets.py --source "$PROBLEMS" --output "$RUN/all.jsonl" \
       --shuffle-seed "$SEED"
@@ -84,7 +86,7 @@ if [ ! -f "$RUN/warm_start.jsonl" ]; then
   "$PYTHON" examples/smollm2/short_problems.py --output "$RUN" --seed "$SEED" --train "$TRAIN" \
     --held-out $HELD_OUT --test "$TEST" $SOURCE
 fi
-policies=$((2 + RIVALS + $(wc -w <<< "$TEMPERATURES"))) # but the base: student, unlearned, ...
+policies=$((2 + RIVALS + CURVE + $(wc -w <<< "$TEMPERATURES"))) # to be judged beside the base
 "$PYTHON" examples/smollm2/how_long.py --model "$PRETRAINED" --problems "$RUN/test.jsonl" \
   --prompt-template "$PROMPT" \
   --sampled $((TRAIN * N + HELD_OUT * (HELD_OUT_N + 4) + TEST * (BASE_N + EVAL_N * policies))) \
@@ -137,7 +139,9 @@ sampled "$RUN/base" "$RUN/test.jsonl" "$RUN/eval/base" --n $BASE_N --base "$RUN/
 for t in $TEMPERATURES; do
   "$PYTHON" examples/temper.py --model "$RUN/base" --temperature "$t" --output "$RUN/temperature/$t"
 done
-for folder in "$RUN"/students/* "$RUN"/stage1/* "$RUN"/temperature/*; do
+judged="$RUN/students/* $RUN/temperature/*"
+[ "$KIND" = quick ] || judged="$judged $RUN/stage1/*"
+for folder in $judged; do
   case $folder in
     "$RUN"/students/*) name=student_$(basename "$folder") ;;
     "$RUN"/stage1/*) name=$(basename "$folder") ;;
@@ -145,4 +149,11 @@ for folder in "$RUN"/students/* "$RUN"/stage1/* "$RUN"/temperature/*; do
   esac
   sampled "$folder" "$RUN/test.jsonl" "$RUN/eval/$name" "${against[@]}"
 done
+if [ "${FULL:-0}" = 1 ]; then # the early-stopping paths of stage 1
+  sampled "$RUN/base" "$RUN/test.jsonl" "$RUN/curve/base" --n $EVAL_N --base "$RUN/base"
+  for folder in "$RUN"/stage1/*/checkpoints/epoch-*; do
+    name=$(basename "${folder%/checkpoints/*}")/$(basename "$folder")
+    sampled "$folder" "$RUN/test.jsonl" "$RUN/curve/$name" "${against[@]}"
+  done
+fi
 "$PYTHON" examples/report.py --run "$RUN"

@@ -6,8 +6,8 @@ The sets are procedural ones of the package reasoning-gym, made so short that a 
 Writes  OUTPUT/train.jsonl, OUTPUT/held_out/train.jsonl and OUTPUT/test.jsonl, one
         {"id", "problem", "answer"} per line, and OUTPUT/warm_start.jsonl, whose lines also have a
         worked "solution". All worked solutions are right. What they show is limited: those of
-        leg_counting name only half of the animals (`shown_animals`), so that the model learns how
-        to answer, and must know, or guess, the legs of the others.
+        leg_counting name only a part of the animals (`shown_animals`), so that the model learns
+        how to answer, and must know, or guess, the legs of the others.
 
 With --source the problems come from a JSONL file instead, and there is no warm start, unless its
 lines have a "solution".
@@ -17,6 +17,7 @@ lines have a "solution".
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from collections import defaultdict
@@ -52,6 +53,9 @@ class Args:
     """problems to judge on"""
     warm_start: int = 256
     """problems with a worked solution for the warm start"""
+    shown: float = 0.5
+    """leg_counting: share of the animals of each number of legs, and at least one, that the warm
+    start may name"""
     seed: int = 0
     """seed of the problems, and of what the warm start shows"""
 
@@ -59,6 +63,7 @@ class Args:
         """Raises UserError on impossible values."""
         common.require(self, "train held_out test", lambda v: v >= 1, "1 or more")
         common.require(self, "warm_start", lambda v: v >= 0, "0 or more")
+        common.require(self, "shown", lambda v: 0 <= v <= 1, "0 to 1")
         known = lambda v: len(v) > 0 and set(v) <= SETS.keys()  # noqa: E731
         common.require(self, "sets", known, f"one or more of {', '.join(SETS)}")
 
@@ -74,14 +79,16 @@ class Args:
 # The sets. Each is a name of reasoning-gym, its settings, and a worked solution of an entry.
 
 
-def shown_animals(seed: int) -> set[str]:
-    """Chooses the animals that the warm start may name: of each number of legs half, rounded up."""
+def shown_animals(share: float, seed: int) -> set[str]:
+    """Chooses the animals that the warm start may name: a share of each number of legs, rounded up,
+    and at least one."""
     from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
     rng, by_legs = random.Random(f"animals-{seed}"), defaultdict(list)
     for animal, legs in ANIMALS.items():
         by_legs[legs].append(animal)
-    chosen = (rng.sample(group, (len(group) + 1) // 2) for group in by_legs.values())
+    sizes = {legs: max(1, math.ceil(share * len(group))) for legs, group in by_legs.items()}
+    chosen = (rng.sample(group, sizes[legs]) for legs, group in by_legs.items())
     return {animal for group in chosen for animal in group}
 
 
@@ -223,7 +230,7 @@ def make(args: Args) -> dict[str, list[Row]]:
     if args.source:
         files = hand_out(read_source(args.source), args.sizes, f"--source {args.source}")
     else:
-        files, animals = {name: [] for name in FILES}, shown_animals(args.seed)
+        files, animals = {name: [] for name in FILES}, shown_animals(args.shown, args.seed)
         for i, name in enumerate(args.sets):  # the first sets get what is left over
             part = {
                 f: (n + len(args.sets) - 1 - i) // len(args.sets) for f, n in args.sizes.items()

@@ -88,7 +88,7 @@ if [ ! -f "$RUN/warm_start.jsonl" ]; then
 fi
 policies=$((2 + RIVALS + CURVE + $(wc -w <<< "$TEMPERATURES"))) # to be judged beside the base
 "$PYTHON" examples/smollm2/how_long.py --model "$PRETRAINED" --problems "$RUN/test.jsonl" \
-  --prompt-template "$PROMPT" \
+  --prompt-template "$PROMPT" --response-tokens $((MAX_NEW_TOKENS / 2)) \
   --sampled $((TRAIN * N + HELD_OUT * (HELD_OUT_N + 4) + TEST * (BASE_N + EVAL_N * policies))) \
   --trained $((WORKED + TRAIN * N * EPOCHS * (2 + RIVALS))) \
   --scored $((WORKED + 2 * (TRAIN * N + HELD_OUT * HELD_OUT_N + TEST * EVAL_N * policies)))

@@ -101,7 +101,8 @@ if [ -s "$RUN/warm_start.jsonl" ]; then
     --output "$RUN/base" --loss sft --epochs 1 --batch-size $WARM_BATCH --learning-rate 1e-4 \
     --warmup-steps 4 --seed "$SEED"
 else # the model as it is
-  "$PYTHON" examples/temper.py --model "$PRETRAINED" --temperature 1 --output "$RUN/base"
+  "$PYTHON" examples/temper.py --model "$PRETRAINED" --temperatures 1 --output "$RUN/unchanged"
+  link "$RUN/base" unchanged/1
 fi
 
 say "fixed rollouts, base samples of other problems for the forecast, and the temperature curve"
@@ -136,9 +137,8 @@ fi
 say "evaluation on held-out problems"
 against=(--n $EVAL_N --base "$RUN/base" --base-run "$RUN/eval/base")
 sampled "$RUN/base" "$RUN/test.jsonl" "$RUN/eval/base" --n $BASE_N --base "$RUN/base"
-for t in $TEMPERATURES; do
-  "$PYTHON" examples/temper.py --model "$RUN/base" --temperature "$t" --output "$RUN/temperature/$t"
-done
+"$PYTHON" examples/temper.py --model "$RUN/base" --temperatures $TEMPERATURES \
+  --output "$RUN/temperature"
 judged="$RUN/students/* $RUN/temperature/*"
 [ "$KIND" = quick ] || judged="$judged $RUN/stage1/*"
 for folder in $judged; do
@@ -150,7 +150,6 @@ for folder in $judged; do
   sampled "$folder" "$RUN/test.jsonl" "$RUN/eval/$name" "${against[@]}"
 done
 if [ "${FULL:-0}" = 1 ]; then # the early-stopping paths of stage 1
-  sampled "$RUN/base" "$RUN/test.jsonl" "$RUN/curve/base" --n $EVAL_N --base "$RUN/base"
   for folder in "$RUN"/stage1/*/checkpoints/epoch-*; do
     name=$(basename "${folder%/checkpoints/*}")/$(basename "$folder")
     sampled "$folder" "$RUN/test.jsonl" "$RUN/curve/$name" "${against[@]}"

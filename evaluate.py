@@ -33,6 +33,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import itertools
 import json
 import logging
@@ -451,13 +452,22 @@ def all_eos(args: Args) -> list[int]:
     return sorted(ids)
 
 
+def can_select(lm: Any, cache: Any) -> bool:
+    """Tells whether `reorder_cache` leaves a part of the rows of all that the model remembers. Some
+    families keep a state in their modules, in a cache of their own, or take it by another name."""
+    from transformers import DynamicCache
+
+    named = "past_key_values" in inspect.signature(lm.forward).parameters
+    return type(cache) is DynamicCache and named and not lm._is_stateful
+
+
 @torch.no_grad()
 def sample_batch(lm: Any, prompts: Prompts, eos: list[int], pad: int, args: Args) -> list[Response]:
     """Samples one response to each prompt with transformers' generate.
 
     It works in rounds: once a quarter of the rows has ended, generate goes on with the others and
-    their part of the cache. So rows that have ended cost little, and a batch of mixed lengths costs
-    little more than its tokens."""
+    their part of the cache (or reads them again). So rows that have ended cost little, and a batch
+    of mixed lengths costs little more than its tokens."""
     from transformers import GenerationConfig
 
     logprobs: list[Tensor] = []  # of the chosen tokens; [steps, B, V] is never stored
@@ -515,6 +525,7 @@ def sample_batch(lm: Any, prompts: Prompts, eos: list[int], pad: int, args: Args
         numbers, values, rest = numbers[rest], values[rest], rest.to(lm.device)
         ids, mask = ids[rest], mask[rest]
         mask = torch.cat([mask, mask.new_ones(len(ids), ids.shape[1] - mask.shape[1])], 1)
+        cache = cache if can_select(lm, cache) else None
         if cache is not None:
             cache.reorder_cache(rest)
     return [responses[number] for number in range(len(prompts))]

@@ -603,6 +603,14 @@ def summarize(evaluations: dict[str, Evaluation], paths: Paths, args: Args) -> d
     ]
     settings = {"problems": len(base.problems), "base_samples": int(base.count.min())}
     settings["samples"] = min(judged, default=settings["base_samples"])
+    cooler = [int(e.count.min()) for e in evaluations.values() if is_tempered(e)]
+    early = [row["samples"] for row in curve if "epoch" in row and row["run"] != "base"]
+    spent = [
+        int(e.kl_count.sum()) for e in evaluations.values() if e is not base and e.kl is not None
+    ]
+    settings["temperature_samples"] = min(cooler, default=None)
+    settings["checkpoint_samples"] = min(early, default=None)
+    settings["kl_responses"] = min(spent, default=None)
     settings |= {name: base.summary["sampling"][name] for name in ("seed", *SETTINGS)}
     settings |= {"resamples": args.resamples, "bootstrap_seed": args.seed}
     summary = {

@@ -85,10 +85,12 @@ def policy_table(summary: dict[str, Any]) -> str:
         rows.append([row["label"], *cells, recipe_text(row["recipe"])])
     s = summary["settings"]
     note = (
-        f"{s['problems']} held-out problems x {s['samples']} samples (base: {s['base_samples']}), "
+        f"{s['problems']} held-out problems x {s['samples']} samples (base: "
+        f"{s['base_samples']}, temperatures: {s['temperature_samples']}), "
         f"temperature {s['temperature']:g}, top-p {s['top_p']:g}, at most {s['max_new_tokens']} "
         f"tokens, sampling seed {s['seed']}; ± is one standard error over problems. The KL is "
-        "exact, on the policy's own samples, in nats per response. KL efficiency is the least KL "
+        f"exact, on {s['kl_responses']} or more of the policy's own samples, in nats per response. "
+        "KL efficiency is the least KL "
         "that buys this accuracy, divided by the KL spent: 1 is the limit, and it is n/a where the "
         "policy is no better than the base. The optimum share is the KL of the base re-weighted by "
         "exp(eta R) at the same accuracy, divided by the KL spent; it takes 32 samples of the base "
@@ -126,12 +128,13 @@ def comparison_tables(summary: dict[str, Any]) -> str:
             others.append([*names, difference, passes, ratio])
     page = "<h2>Comparisons</h2>" if others else ""
     if path_rows:
-        point = next(row for row in summary["curve"] if row["run"] != "base")
+        s = summary["settings"]
         heads = "<student|<path|KL|accuracy|path at this KL|difference at equal KL"
         note = (
             "The path leads from the base through the checkpoints of stage 1 in order of epoch, "
-            f"or through ever lower temperatures ({point['problems']} problems x "
-            f"{point['samples']} samples, the temperatures as above), linear in KL between them. "
+            f"or through ever lower temperatures ({s['problems']} problems x "
+            f"{s['checkpoint_samples']} samples, the last one and the temperatures as above), "
+            "linear in KL between them. "
             "Accuracies and KL here are those on the shared problems. The KL ratio is the KL of "
             "the path where it first reaches the student's accuracy, divided by that of the "
             "student: above 1 the student is cheaper. In brackets is the 95 % interval of a paired "

@@ -108,8 +108,10 @@ def oracle(folder, data, loader=AutoModelForCausalLM):
 def sample(base, ranks, path):
     """Rollouts of six responses by the hf engine, with its log-probs."""
     prompts, folder = [[10], [11, 12], [5, 6, 7, 8, 9]], path / "rollouts"
-    args = evaluate.Args(base, path, path, n=2, max_new_tokens=24, batch_size=6, engine="hf")
-    ((_, responses),) = evaluate.sample_hf(prompts, evaluate.plan(prompts, args), args, ranks)
+    args = evaluate.Args(base, path, path, n=2, max_new_tokens=32, batch_size=6, engine="hf")
+    with pytest.MonkeyPatch.context() as patch:  # several rounds: rows end at different lengths
+        patch.setattr(evaluate, "all_eos", lambda _: [1, 17])
+        ((_, responses),) = evaluate.sample_hf(prompts, evaluate.plan(prompts, args), args, ranks)
     pairs = [(prompts[i // 2], response) for i, response in enumerate(responses)]
     sequences = [(prompt, response.tokens.tolist()) for prompt, response in pairs]
     logprobs = torch.cat([torch.cat([torch.zeros(len(p)), r.logprobs]) for p, r in pairs])

@@ -70,8 +70,9 @@ def main(args: Args) -> None:
         done = output.is_symlink() or (output / "metrics.json").is_file()
         if done or not (model / "config.json").is_file():
             continue  # an unfinished model has none
-        judged = name.startswith("curve/") and f"eval/{final.name}" in jobs
-        if judged and common.fingerprint(model) == common.fingerprint(final):
+        linked = name.startswith("curve/") and f"eval/{final.name}" in jobs
+        linked = linked and not output.exists() and (final / "config.json").is_file()
+        if linked and common.fingerprint(model) == common.fingerprint(final):
             output.parent.mkdir(parents=True, exist_ok=True)
             output.symlink_to(Path("../../eval", final.name))
             continue

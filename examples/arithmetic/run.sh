@@ -60,7 +60,10 @@ strong_and_unlearned() {
 ruined_and_rivals() { # the base is judged first, and sampled on other problems for the forecasts
   judge_base "$RUN/eval" "$RUN/test.jsonl"
   held_out "$RUN/base" "$RUN"
-  until [ -f "$RUN/annotated" ]; do sleep 1; done # the rollouts
+  until [ -f "$RUN/annotated" ]; do # the rollouts; if the script was killed, nobody makes them
+    kill -0 $$ || exit 1
+    sleep 1
+  done
   stage1 sapo $SAPO
   stage1 sft $SFT
   [ "$KIND" = quick ] && return
@@ -90,8 +93,9 @@ say "evaluation on held-out problems; in the background every second policy"
 "$PYTHON" examples/temper.py --model "$RUN/base" --output "$RUN/temperature" \
   --temperatures $TEMPERATURES
 judge_part() { # judge_part I: every second policy, from the I-th
-  timed "$RUN/eval/part$1" "$PYTHON" examples/arithmetic/judge.py --run "$RUN" --seed "$SEED" \
-    --what policies students temperatures checkpoints --n "$EVAL_N" "$EVAL_N" $CURVE_N --shard "$1/2"
+  "$PYTHON" examples/arithmetic/judge.py --run "$RUN" --seed "$SEED" --shard "$1/2" \
+    --what policies students temperatures checkpoints --n "$EVAL_N" "$EVAL_N" $CURVE_N \
+    --kl-samples $KL_SAMPLES
 }
 beside judge1 judge_part 1
 judge_part 0

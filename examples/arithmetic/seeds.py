@@ -200,7 +200,9 @@ def main(args: Args) -> None:
     settings = summaries[0]["settings"]
     title = (
         f"Mean ± standard deviation over {len(summaries)} seeds (fresh problems and a fresh base "
-        f"each); {settings['problems']} held-out problems x {settings['samples']} samples, "
+        f"each); {settings['problems']} held-out problems x {settings['samples']} samples (of "
+        f"a temperature {settings['temperature_samples']}, of a checkpoint "
+        f"{settings['checkpoint_samples']}), KL on {settings['kl_responses']} responses or more, "
         f"temperature {settings['temperature']}, top-p {settings['top_p']}, at most "
         f"{settings['max_new_tokens']} tokens."
     )

@@ -21,12 +21,14 @@ mkdir -p "$HERE/logs"
 if [ "$KIND" = quick ]; then
   BASE="--train 48 --test 64 --steps 150 --tried 0"
   TRAIN=48 N=4 HELD_OUT=16 HELD_OUT_N=4 EVAL_N=4 CURVE_N="2 2" BASE_N=8 STUDENT_EPOCHS=2
+  KL_SAMPLES=64
   QUICKLY="--batch-size 48 --warmup-steps 0" # a few steps at least, and larger ones
   UNLEARN_RATE=1e-3 STUDENT_RATE=1e-3 LATER_RATE=1e-3 GRPO_RATE=1e-3 UNLEARN_EPOCHS=1
   CHOICE="--signal-scale 2" # so little data promises nothing
 else
   BASE=""
   TRAIN=512 N=16 HELD_OUT=128 HELD_OUT_N=32 EVAL_N=8 CURVE_N="4 2" BASE_N=32 STUDENT_EPOCHS=3
+  KL_SAMPLES=2048 # on which the KL of a policy is measured
   QUICKLY=""
   UNLEARN_RATE=2e-4 STUDENT_RATE=2e-4 LATER_RATE=1e-4 GRPO_RATE=2e-4 UNLEARN_EPOCHS=3
   CHOICE="--within-kl 1.1"
@@ -136,7 +138,8 @@ judge_base() { # judge_base FOLDER PROBLEMS: more samples, whose pass rates give
   timed "$1/base" judge "$RUN/base" "$1/base" "$2" --n $BASE_N --base "$RUN/base" --kl-samples 512
 }
 judge_policy() { # judge_policy MODEL FOLDER: on held-out problems, with the KL from RUN/base
-  judge "$1" "$2" "$RUN/test.jsonl" --n "$EVAL_N" --base "$RUN/base" --base-run "$RUN/eval/base"
+  judge "$1" "$2" "$RUN/test.jsonl" --n "$EVAL_N" --base "$RUN/base" --base-run "$RUN/eval/base" \
+    --kl-samples $KL_SAMPLES
 }
 judge_first_student() {
   judge_base "$RUN/eval" "$RUN/test.jsonl"

@@ -176,7 +176,7 @@ BOUND: dict[str, Callable[[Tensor, Args], Tensor]] = {
 
 
 def construct(terms: Tensor, weights: Tensor, rollouts: Rollouts, args: Args) -> Tensor:
-    """Takes the first three steps: terms [K, N], weights [K] -> signal [N], zero on prompts."""
+    """Takes the three steps: terms [K, N], weights [K] -> signal [N], zero on prompts."""
     signal = COMBINE[args.combine](terms, weights)
     ids = rollouts.sequence_ids
     if args.verdict == "aligned":

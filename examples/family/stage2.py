@@ -356,13 +356,13 @@ def main(args: Args) -> None:
     inputs = {"rollouts": rollouts.path, "base": model_folder(args.base)}
     inputs |= {"init": model_folder(start), "source": args.source}
     teacher = load_teacher(args, rollouts, ranks)  # Family: None, unless a teacher is cloned
+    memory = {"checkpointing": args.activation_checkpointing, "cpu_offload": args.cpu_offload}
+    policy = load_policy(start, ranks, train=True, **memory)
+    check_policy(policy, rollouts, start, ranks)
     if not start_run(args.output, args, inputs, ranks):  # all input is checked before this
         return
     if teacher is None:
         print_targets(args, signal, target, rollouts, ranks)
-    memory = {"checkpointing": args.activation_checkpointing, "cpu_offload": args.cpu_offload}
-    policy = load_policy(start, ranks, train=True, **memory)
-    check_policy(policy, rollouts, start, ranks)
     optimizer = make_optimizer(policy, args.learning_rate, args.weight_decay)
     state = load_checkpoint(args.output, policy, optimizer, ranks) or {"step": 0}
     of_base = torch.equal(arrays["behavior_logprobs"], base_logprobs)

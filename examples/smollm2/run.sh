@@ -26,7 +26,7 @@ source examples/arithmetic/steps.sh # its steps; the settings below replace its 
 MODEL=${MODEL:-} PROBLEMS=${PROBLEMS:-}
 if [ "$KIND" = quick ]; then
   SETS=${SETS:-small_sums} # hardly warmed up, a model is right sometimes only where it is easy
-  TRAIN=${asked_train:-4} N=${asked_n:-4} TEST=${asked_test:-4}
+  TRAIN=${asked_train:-8} N=${asked_n:-4} TEST=${asked_test:-4}
   HELD_OUT=2 HELD_OUT_N=4 EVAL_N=2 BASE_N=2 RIVALS=0 CURVE=0
   WORKED=${WORKED:-48} WARM_BATCH=4 EPOCHS=1 TEMPERATURES=0.5 BATCH=16
   CHOICE="--signal-scale 1" # so little data promises nothing
@@ -40,8 +40,9 @@ else
 fi
 SHOWN=${SHOWN:-0.5} MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-48} RATE=${RATE:-1e-4}
 PROMPT=${PROMPT:-"{problem}"}
-SAMPLING=(--max-new-tokens "$MAX_NEW_TOKENS" --prompt-template "$PROMPT" --seed "$SEED")
-[ -z "${SWITCHES:-}" ] || SAMPLING+=(--chat-template-kwargs "$SWITCHES")
+PROMPTS=(--prompt-template "$PROMPT")
+[ -z "${SWITCHES:-}" ] || PROMPTS+=(--chat-template-kwargs "$SWITCHES")
+SAMPLING=(--max-new-tokens "$MAX_NEW_TOKENS" --seed "$SEED" "${PROMPTS[@]}")
 STEPS="--batch-size $BATCH --warmup-steps 4 --epochs $EPOCHS"
 
 sampled() { # sampled MODEL PROBLEMS OUTPUT FLAGS...: an evaluation folder
@@ -56,11 +57,16 @@ stage1() { # stage1 NAME FLAGS...
   timed "$output" "$PYTHON" stage1_extreme.py --base "$RUN/base" --rollouts "$RUN/rollouts" \
     --output "$output" --seed "$SEED" $STEPS "$@"
 }
+unless_refused() { # unless_refused COMMAND...: goes on where a signal promises nothing
+  local code=0
+  "$@" || code=$?
+  [ $code = 0 ] || [ $code = 2 ] || exit $code
+}
 distil() { # distil NAME FLAGS_OF_SIGNALS...: signals, their forecast, and the student of them
   local signals=$RUN/signals/$1.safetensors output=$RUN/students/$1
   shift
   signals "$RUN/base" "$RUN/rollouts" "$RUN" "$signals" "$@"
-  timed "$output" "$PYTHON" stage2_distill.py --base "$RUN/base" --rollouts "$RUN/rollouts" \
+  timed "$output" unless_refused "$PYTHON" stage2_distill.py --base "$RUN/base" --rollouts "$RUN/rollouts" \
     --signals "$signals" --output "$output" --seed "$SEED" --objective generalized_kl \
     --learning-rate "$RATE" $STEPS $CHOICE
 }
@@ -96,7 +102,7 @@ policies=$((2 + RIVALS + CURVE + $(wc -w <<< "$TEMPERATURES"))) # to be judged b
 say "warm start: a short SFT on worked solutions"
 if [ -s "$RUN/warm_start.jsonl" ]; then
   "$PYTHON" examples/smollm2/warm_start.py --model "$PRETRAINED" --output "$RUN/worked" \
-    --problems "$RUN/warm_start.jsonl" --prompt-template "$PROMPT"
+    --problems "$RUN/warm_start.jsonl" "${PROMPTS[@]}"
   timed "$RUN/base" "$PYTHON" stage1_extreme.py --base "$PRETRAINED" --rollouts "$RUN/worked" \
     --output "$RUN/base" --loss sft --epochs 1 --batch-size $WARM_BATCH --learning-rate 1e-4 \
     --warmup-steps 4 --seed "$SEED"
@@ -142,6 +148,7 @@ sampled "$RUN/base" "$RUN/test.jsonl" "$RUN/eval/base" --n $BASE_N --base "$RUN/
 judged="$RUN/students/* $RUN/temperature/*"
 [ "$KIND" = quick ] || judged="$judged $RUN/stage1/*"
 for folder in $judged; do
+  [ -f "$folder/config.json" ] || continue # a refused student
   case $folder in
     "$RUN"/students/*) name=student_$(basename "$folder") ;;
     "$RUN"/stage1/*) name=$(basename "$folder") ;;

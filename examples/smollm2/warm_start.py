@@ -37,6 +37,8 @@ class Args:
     """rollouts folder to write"""
     prompt_template: str = "{problem}"
     """the user message, with the problem in the place of {problem}"""
+    chat_template_kwargs: str | None = None
+    """JSON object of switches of the chat template, as for evaluate.py"""
 
 
 def read_worked(path: Path) -> list[dict[str, str]]:
@@ -87,7 +89,11 @@ def main(args: Args) -> None:
         return
     rows = read_worked(args.problems)
     settings = evaluate.Args(
-        args.model, args.problems, args.output, prompt_template=args.prompt_template
+        args.model,
+        args.problems,
+        args.output,
+        prompt_template=args.prompt_template,
+        chat_template_kwargs=args.chat_template_kwargs,
     )
     rollouts = as_rollouts(rows, common.load_tokenizer(args.model), settings, path)
     args.output.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ BATCH = 64  # responses at a time; the vocabulary has 40 entries, so whole logit
 class Args:
     run: Path
     """folder of examples/arithmetic/run.sh"""
-    responses: int = 512
+    responses: int = 256
     """responses of each policy to look at, evenly over the problems"""
     seed: int = 0
     """seed of the run, which decides the habits"""
@@ -87,8 +87,8 @@ def main(args: Args) -> None:
     base = common.load_lm(str(args.run / "base"), torch.device("cpu"), torch.float32, "sdpa")
     habits, found = scribe.make_habits(args.seed), {}
     for folder in sorted(path.parent for path in args.run.glob("eval/*/kl.safetensors")):
-        if folder.name == "base":
-            continue
+        if folder.name == "base" or folder.name.startswith("temperature-"):
+            continue  # which spends nothing, or was not trained
         model = common.read_json(folder / "metrics.json")["model"]
         policy = common.load_lm(model, torch.device("cpu"), torch.float32, "sdpa")
         rollouts = common.load_rollouts(folder)

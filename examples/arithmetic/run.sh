@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the whole method on the embedded default: two cores, no GPU, twenty minutes once
+# Runs the whole method on the embedded default: two cores, no GPU, a quarter of an hour once
 # installed.
 #
 #   bash examples/arithmetic/run.sh              # runs/arithmetic/seed0: summary.json, report.html

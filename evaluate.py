@@ -461,6 +461,13 @@ def can_select(lm: Any, cache: Any) -> bool:
     return type(cache) is DynamicCache and named and not lm._is_stateful
 
 
+def up_to_eos(tokens: Tensor, logprobs: Tensor, eos: list[int]) -> Response:
+    """Cuts a row [L] behind its first EOS; what follows is padding."""
+    found = torch.isin(tokens, torch.tensor(eos)).nonzero()
+    length = int(found[0]) + 1 if len(found) else len(tokens)
+    return Response(tokens[:length], logprobs[:length].clone(), not len(found))
+
+
 @torch.no_grad()
 def sample_batch(lm: Any, prompts: Prompts, eos: list[int], pad: int, args: Args) -> list[Response]:
     """Samples one response to each prompt with transformers' generate.
@@ -500,27 +507,22 @@ def sample_batch(lm: Any, prompts: Prompts, eos: list[int], pad: int, args: Args
         ended = torch.zeros(len(ids), dtype=torch.bool, device=lm.device)
         most = args.max_new_tokens - values.shape[1]
         lm.generation_config = GenerationConfig(max_new_tokens=most, **config)
-        options = dict(past_key_values=cache) if cache is not None else {}
         output = lm.generate(
             ids,
             attention_mask=mask,
+            past_key_values=cache,
             logits_processor=[record],
             stopping_criteria=[enough_ended],
             return_dict_in_generate=True,
-            **options,
         )
         ids, cache = output.sequences, output.get("past_key_values")
         record(ids, distribution)  # the last token
-        values = torch.cat([values, *(column.cpu() for column in logprobs)], 1)
+        values = torch.cat([values, torch.cat(logprobs, 1).cpu()], 1)
         logprobs, distribution = [], None
         over = ended.cpu() | (values.shape[1] == args.max_new_tokens)
         for row in over.nonzero()[:, 0].tolist():
-            tokens = ids[row, start:].int().cpu()
-            # Up to and with the first EOS; what follows is padding.
-            found = torch.isin(tokens, ends.cpu()).nonzero()
-            length = int(found[0]) + 1 if len(found) else len(tokens)
-            response = Response(tokens[:length], values[row, :length].clone(), not len(found))
-            responses[int(numbers[row])] = response
+            sampled = ids[row, start:].int().cpu()
+            responses[int(numbers[row])] = up_to_eos(sampled, values[row], eos)
         rest = (~over).nonzero()[:, 0]
         numbers, values, rest = numbers[rest], values[rest], rest.to(lm.device)
         ids, mask = ids[rest], mask[rest]

@@ -34,11 +34,17 @@ def test_flat_is_no_gain_over_two_rounds():
     assert not flat.is_flat([0.5, 0.4, 0.511], 0.01, 2)
 
 
-# An interpreter that writes down its command line and makes the folder of what it should write.
-# One write a line: several run at a time, and each only appends.
+# An interpreter that writes down its command line and makes the folder of what it should write, or
+# refuses the student that REFUSED names. One write a line: several run at a time, and each only
+# appends.
 STUB = """#!/usr/bin/env bash
 printf '%s\\n' "$(printf '%q ' "$@")" >> "{log}"
-while [ $# -gt 1 ]; do if [ "$1" = --output ]; then mkdir -p "$(dirname "$2")"; fi; shift; done
+script=$1
+while [ $# -gt 1 ]; do if [ "$1" = --output ]; then output=$2; fi; shift; done
+if [ "$script" != stage2_distill.py ]; then mkdir -p "$(dirname "${{output:-x/y}}")"
+elif [ "${{output#*/run/}}" = "${{REFUSED:-}}" ]; then echo "error: promises nothing" >&2; exit 2
+elif [ -n "${{BROKEN:-}}" ]; then echo "error: no such flag" >&2; exit 2
+else mkdir -p "$output"; touch "$output/config.json"; fi
 """
 
 
@@ -75,6 +81,27 @@ def test_scripts_of_the_arithmetic_example_use_flags_that_exist(tmp_path, name, 
     assert students and all(args.output.is_relative_to(tmp_path / "run") for args in students)
     if name == "rounds":  # the student of a round is the base of the next
         assert [Path(s.base) for s in students[1:]] == [s.output for s in students[:-1]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, refused", [("rounds", "rounds/round3/student"), ("plateau", "plateau/erpd")]
+)
+def test_a_signal_that_promises_nothing_ends_the_rounds_and_not_the_script(tmp_path, name, refused):
+    found = commands(tmp_path, f"arithmetic/{name}.sh", ROUNDS="4", REFUSED=refused)
+    tables = [args for module, args in found if module == "rounds"]
+    judged = [folder.name for folder in tables[-1].judged]
+    if name == "rounds":
+        assert judged == ["base", "round1", "round2"] and tables[-1].pair == ("round2:round1",)
+    else:
+        assert judged == ["base", "plateau", "grpo1", "grpo2_same", "grpo2_fresh"]
+    assert not any(tmp_path.glob("run/*/logs/said-*"))
+
+
+@pytest.mark.slow
+def test_any_other_error_of_stage_2_ends_the_script(tmp_path):
+    with pytest.raises(subprocess.CalledProcessError):
+        commands(tmp_path, "arithmetic/rounds.sh", BROKEN="1")
 
 
 @pytest.mark.slow

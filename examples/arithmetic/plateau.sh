@@ -69,7 +69,7 @@ by_the_method() {
     --epochs $STUDENT_EPOCHS $LATER $CHOICE
   judge_base "$RUN/eval" "$RUN/test.jsonl"
   judge_policy "$policy" "$JUDGED/plateau"
-  judge_policy "$HERE/erpd" "$JUDGED/erpd"
+  [ ! -f "$HERE/erpd/config.json" ] || judge_policy "$HERE/erpd" "$JUDGED/erpd"
 }
 by_more_grpo() {
   grpo "$policy" "$here" "$HERE/grpo" 2
@@ -84,8 +84,10 @@ say "evaluation on held-out problems"
 judge_policy "$HERE/grpo/checkpoints/epoch-001.000" "$JUDGED/grpo1"
 judge_policy "$HERE/grpo" "$JUDGED/grpo2_same"
 judge_policy "$HERE/grpo2_fresh" "$JUDGED/grpo2_fresh"
-ways="erpd grpo1 grpo2_same grpo2_fresh"
+rivals="grpo1 grpo2_same grpo2_fresh" ours=erpd
+[ -f "$HERE/erpd/config.json" ] || ours= # its forecast promised nothing above the plateau
+ways="$ours $rivals"
 "$PYTHON" examples/arithmetic/rounds.py --output "$HERE/plateau" \
   --judged "$RUN/eval/base" "$JUDGED/plateau" $(printf "$JUDGED/%s " $ways) \
   --step $(printf '%s:plateau ' $ways) --pair $(printf '%s:plateau ' $ways) \
-  $(printf 'erpd:%s ' ${ways#erpd})
+  $([ -z "$ours" ] || printf 'erpd:%s ' $rivals)

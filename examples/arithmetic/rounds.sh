@@ -9,9 +9,10 @@
 # trains a student. Students are judged on the same held-out problems, with the KL from the very
 # first base and from the base of their round. The first round is the unlearned student of run.sh.
 # Each later round has twice the problems of the one before, 512 x 2^(k-1) in round k, and trains on
-# those with both verdicts, because ever fewer responses are wrong. The same command continues an
-# interrupted run. The student's settings were chosen on seed 0 for one round; the lower rate of
-# later rounds and the doubling were chosen on its third round.
+# those with both verdicts, because ever fewer responses are wrong. Where the forecast of a round
+# promises nothing above its base, the rounds end. The same command continues an interrupted run. The
+# student's settings were chosen on seed 0 for one round; the lower rate of later rounds and the
+# doubling were chosen on its third round.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 HERE=rounds
@@ -50,6 +51,8 @@ for ((round = 2; round <= ROUNDS; round++)); do
   problems round$round "$here/train.jsonl" $((TRAIN << (round - 1)))
   later_round "$here" "$base"
   join
+  judge_last=(true)
+  [ -f "$here/student/config.json" ] || break # refused
   steps+=("round$round:round$((round - 1))") table+=("$JUDGED/round$round")
   base=$here/student
   judge_last=(judge_policy "$base" "$JUDGED/round$round")

@@ -49,7 +49,7 @@ timed() { # timed OUTPUT COMMAND...: writes its seconds into HERE/seconds.jsonl 
   [ ! -e "$output" ] || new=0
   "$@"
   rm -rf "$output"/checkpoints/resume-* # the run is complete: nobody will continue it
-  [ $new = 0 ] ||
+  [ $new = 0 ] || [ ! -e "$output" ] || # it was there, or was refused
     printf '{"output": "%s", "seconds": %d}\n' "${output#"$RUN"/}" $((SECONDS - begun)) \
       >> "$HERE/seconds.jsonl"
 }
@@ -95,11 +95,18 @@ signals() { # signals BASE ROLLOUTS FOLDER OUTPUT FLAGS...: with a forecast on F
   timed "$output" "$PYTHON" build_signals.py --rollouts "$rollouts" --base "$base" \
     --held-out-rollouts "$held_out" --output "$output" "$@"
 }
-student() { # student BASE ROLLOUTS SIGNALS OUTPUT FLAGS...
+unless_refused() { # unless_refused COMMAND...: goes on where it says that a signal promises nothing
+  local code=0 said
+  said=$(mktemp "$HERE/logs/said-XXXXXX")
+  { "$@" 2>&1 >&3 | tee "$said" >&2; } 3>&1 || code=$?
+  [ $code = 0 ] || grep -q "promises nothing" "$said" || exit $code
+  rm "$said"
+}
+student() { # student BASE ROLLOUTS SIGNALS OUTPUT FLAGS...: OUTPUT, unless the signal is refused
   local base=$1 rollouts=$2 signals=$3 output=$4
   shift 4
-  timed "$output" "$PYTHON" stage2_distill.py --base "$base" --rollouts "$rollouts" \
-    --signals "$signals" --output "$output" --seed "$SEED" $STUDENT "$@"
+  timed "$output" unless_refused "$PYTHON" stage2_distill.py --base "$base" \
+    --rollouts "$rollouts" --signals "$signals" --output "$output" --seed "$SEED" $STUDENT "$@"
 }
 U=$RUN/stage1/unlearned
 CONTRAST="--teachers $RUN/base $RUN/base --references $U ${U}_b --weights 0.5 0.5"

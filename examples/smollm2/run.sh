@@ -57,11 +57,6 @@ stage1() { # stage1 NAME FLAGS...
   timed "$output" "$PYTHON" stage1_extreme.py --base "$RUN/base" --rollouts "$RUN/rollouts" \
     --output "$output" --seed "$SEED" $STEPS "$@"
 }
-unless_refused() { # unless_refused COMMAND...: goes on where a signal promises nothing
-  local code=0
-  "$@" || code=$?
-  [ $code = 0 ] || [ $code = 2 ] || exit $code
-}
 distil() { # distil NAME FLAGS_OF_SIGNALS...: signals, their forecast, and the student of them
   local signals=$RUN/signals/$1.safetensors output=$RUN/students/$1
   shift

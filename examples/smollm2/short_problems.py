@@ -53,6 +53,9 @@ class Args:
     """problems to judge on"""
     warm_start: int = 256
     """problems with a worked solution for the warm start"""
+    bare: int = 0
+    """further solutions for the warm start, of leg_counting's arithmetic without the animals, so that
+    the model is sure of that before it is sure of the legs"""
     shown: float = 0.5
     """leg_counting: share of the animals of each number of legs, and at least one, that the warm
     start may name"""
@@ -62,7 +65,7 @@ class Args:
     def check(self) -> None:
         """Raises UserError on impossible values."""
         common.require(self, "train held_out test", lambda v: v >= 1, "1 or more")
-        common.require(self, "warm_start", lambda v: v >= 0, "0 or more")
+        common.require(self, "warm_start bare", lambda v: v >= 0, "0 or more")
         common.require(self, "shown", lambda v: 0 <= v <= 1, "0 to 1")
         known = lambda v: len(v) > 0 and set(v) <= SETS.keys()  # noqa: E731
         common.require(self, "sets", known, f"one or more of {', '.join(SETS)}")
@@ -172,22 +175,35 @@ def may_be_shown(name: str, entry: dict[str, Any], animals: set[str]) -> bool:
     return name != "leg_counting" or set(entry["metadata"]["animals"]) <= animals
 
 
-def fresh(name: str, seed: int, animals: set[str]) -> Iterator[tuple[Row, bool]]:
-    """Yields problems of a set without end, and whether the warm start may solve them."""
+def entries(name: str, seed: int, stream: str = "smollm2") -> Iterator[dict[str, Any]]:
+    """Yields entries of a set from reasoning-gym without end."""
     import reasoning_gym
 
     chosen, size = SETS[name], 2**20
-    numbers = reasoning_gym.create_dataset(
-        chosen.name,
-        **chosen.settings,
-        size=size,
-        seed=evaluate.stream_seed("smollm2", name, seed) % 2**31,
-    )
-    for i in range(size):
-        entry = numbers[i]
-        solution = "=".join([*chosen.solve(entry)[:-1], f"\\boxed{{{entry['answer']}}}"])
-        row = {"problem": chosen.question(entry), "answer": entry["answer"], "solution": solution}
+    stream_seed = evaluate.stream_seed(stream, name, seed) % 2**31
+    made = reasoning_gym.create_dataset(chosen.name, **chosen.settings, size=size, seed=stream_seed)
+    yield from (made[i] for i in range(size))
+
+
+def solution(steps: list[str]) -> str:
+    """Joins steps into a worked solution that ends at the boxed answer."""
+    return "=".join([*steps[:-1], f"\\boxed{{{steps[-1]}}}"])
+
+
+def fresh(name: str, seed: int, animals: set[str]) -> Iterator[tuple[Row, bool]]:
+    """Yields problems of a set without end, and whether the warm start may solve them."""
+    for entry in entries(name, seed):
+        row = {"problem": SETS[name].question(entry), "answer": entry["answer"]}
+        row["solution"] = solution(SETS[name].solve(entry))
         yield row, may_be_shown(name, entry, animals)
+
+
+def bare(seed: int) -> Iterator[tuple[Row, bool]]:
+    """Yields the arithmetic of leg_counting without its animals, all for the warm start."""
+    for entry in entries("leg_counting", seed, "bare"):
+        steps = count_legs(entry)
+        row = {"problem": f"What is {steps[0]}?", "answer": steps[-1]}
+        yield row | {"solution": solution(steps)}, True
 
 
 # --------------------------------------------------------------------------------------------------
@@ -238,6 +254,7 @@ def make(args: Args) -> dict[str, list[Row]]:
             dealt = hand_out(fresh(name, args.seed, animals), part, f"--sets {name}")
             for file, rows in dealt.items():
                 files[file] += rows
+        files["warm_start"] += hand_out(bare(args.seed), {"bare": args.bare}, "--bare")["bare"]
     for file, rows in files.items():
         random.Random(f"order-{args.seed}-{file}").shuffle(rows)
         short = file.split("/")[0].replace("_", "-")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 
 import curve
 import how_long
@@ -37,7 +39,7 @@ def test_no_problem_is_in_two_files_and_seeds_decide(tmp_path):
 
 
 def test_every_worked_solution_verifies_and_every_step_of_it_is_equal(tmp_path):
-    for row in [row for part in make(tmp_path).values() for row in part]:
+    for row in [row for part in make(tmp_path, bare=8).values() for row in part]:
         assert evaluate.verdict_of(row["answer"], row["solution"])
         *steps, boxed = row["solution"].split("=")
         assert boxed == f"\\boxed{{{row['answer']}}}"
@@ -56,6 +58,12 @@ def test_the_warm_start_names_no_other_animals(tmp_path):
         return {name if n == "1" else name.removesuffix("s") for n, name in parts}
 
     assert animals("warm_start") <= shown and not animals("train") <= shown
+
+    with_bare = short_problems.make(dataclasses.replace(args, bare=30))["warm_start"]
+    texts = {row["problem"] for row in with_bare} - {row["problem"] for row in files["warm_start"]}
+    assert len(texts) == 30 and all(re.fullmatch(r"What is [\d*+]+\?", text) for text in texts)
+    with pytest.raises(common.UserError, match="--bare 30: only with --sets"):
+        dataclasses.replace(args, bare=30, source=tmp_path / "some.jsonl").check()
 
 
 def test_a_file_of_problems_is_dealt_out_and_too_few_are_refused(tmp_path):

@@ -43,6 +43,8 @@ class Args:
     """responses that will be trained on, every epoch counted"""
     scored: int = 0
     """responses that will be scored, each model counted"""
+    jobs: int = 1
+    """such jobs that will run at a time, each as fast as this one"""
     response_tokens: int = 24
     """tokens of a response"""
     prompt_template: str = "{problem}"
@@ -51,7 +53,7 @@ class Args:
     def check(self) -> None:
         """Raises UserError on impossible values."""
         common.require(self, "sampled trained scored", lambda v: v >= 0, "0 or more")
-        common.require(self, "response_tokens", lambda v: v >= 1, "1 or more")
+        common.require(self, "response_tokens jobs", lambda v: v >= 1, "1 or more")
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -111,7 +113,7 @@ def main(args: Args) -> None:
     for name, value in each.items():
         total += value * getattr(args, name)
         print(f"{getattr(args, name)} responses to be {name}: {value:.2f} s each here")
-    minutes = total / 60
+    minutes = total / 60 / args.jobs
     text = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
     print(f"this run will take about {text}, if nothing else uses the machine")
 

@@ -10,17 +10,20 @@
 # The same command continues an interrupted run. It fills 12 GB of disk. Variables:
 #   MODEL      a folder or hub name; default: SmolLM2-135M-Instruct from a PyPI package
 #   SETS       of short_problems.py, or PROBLEMS: a file or a short name of problem_sets.py
-#   WORKED, SHOWN   solutions of the warm start, share of the animals that they name
+#   WORKED, SHOWN, BARE   solutions of the warm start, share of the animals that they name, further
+#              solutions without animals
 #   TRAIN, N, TEST                    problems, responses to each, problems to judge on
 #   PROMPT, SWITCHES, MAX_NEW_TOKENS  as --prompt-template, --chat-template-kwargs and
 #                                     --max-new-tokens of evaluate.py
 #   RATE       learning rate of the unlearned policy, of SFT and of the student
+#   LANES      jobs at a time, one core each: 2, and on a GPU 1
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 HERE=
 SEED=${SEED:-0}
 RUN=${RUN:-runs/smollm2/seed$SEED}
 asked_train=${TRAIN:-} asked_n=${N:-} asked_test=${TEST:-}
+[ -n "${LANES:-}" ] || ! command -v nvidia-smi > /dev/null || LANES=1
 source examples/arithmetic/steps.sh # its steps; the settings below replace its own
 
 MODEL=${MODEL:-} PROBLEMS=${PROBLEMS:-}
@@ -28,13 +31,13 @@ if [ "$KIND" = quick ]; then
   SETS=${SETS:-small_sums} # hardly warmed up, a model is right sometimes only where it is easy
   TRAIN=${asked_train:-8} N=${asked_n:-4} TEST=${asked_test:-4}
   HELD_OUT=2 HELD_OUT_N=4 EVAL_N=2 BASE_N=2 RIVALS=0 CURVE=0
-  WORKED=${WORKED:-48} WARM_BATCH=4 EPOCHS=1 TEMPERATURES=0.5 BATCH=16
+  WORKED=${WORKED:-48} BARE=0 WARM_BATCH=4 EPOCHS=1 TEMPERATURES=0.5 BATCH=16
   CHOICE="--signal-scale 1" # so little data promises nothing
 else
   SETS=${SETS:-leg_counting}
   TRAIN=${asked_train:-96} N=${asked_n:-8} TEST=${asked_test:-96}
   HELD_OUT=48 HELD_OUT_N=16 EVAL_N=4 BASE_N=8 RIVALS=2 CURVE=0
-  WORKED=${WORKED:-288} WARM_BATCH=8 EPOCHS=2 TEMPERATURES="0.7 0.5 0.3" BATCH=64
+  WORKED=${WORKED:-288} BARE=${BARE:-384} WARM_BATCH=16 EPOCHS=2 TEMPERATURES="0.7 0.5 0.3" BATCH=64
   CHOICE="--within-kl 1"
   [ "${FULL:-0}" != 1 ] || RIVALS=8 CURVE=12 # for the time that it will take
 fi
@@ -78,7 +81,7 @@ if [ -z "$MODEL" ]; then
   fi
 fi
 if [ ! -f "$RUN/warm_start.jsonl" ]; then
-  SOURCE="--sets $SETS --shown $SHOWN --warm-start $WORKED"
+  SOURCE="--sets $SETS --shown $SHOWN --warm-start $WORKED --bare $BARE"
   if [ -n "$PROBLEMS" ]; then
     "$PYTHON" examples/problem_sets.py --source "$PROBLEMS" --output "$RUN/all.jsonl" \
       --shuffle-seed "$SEED"
@@ -88,11 +91,12 @@ if [ ! -f "$RUN/warm_start.jsonl" ]; then
     --held-out $HELD_OUT --test "$TEST" $SOURCE
 fi
 policies=$((2 + RIVALS + CURVE + $(wc -w <<< "$TEMPERATURES"))) # to be judged beside the base
-"$PYTHON" examples/smollm2/how_long.py --model "$PRETRAINED" --problems "$RUN/test.jsonl" \
-  --prompt-template "$PROMPT" --response-tokens $((MAX_NEW_TOKENS / 2)) \
+OMP_NUM_THREADS=1 "$PYTHON" examples/smollm2/how_long.py --model "$PRETRAINED" \
+  --problems "$RUN/test.jsonl" --prompt-template "$PROMPT" --jobs "$LANES" \
+  --response-tokens $((MAX_NEW_TOKENS / 2)) \
   --sampled $((TRAIN * N + HELD_OUT * (HELD_OUT_N + 4) + TEST * (BASE_N + EVAL_N * policies))) \
-  --trained $((WORKED + TRAIN * N * EPOCHS * (2 + RIVALS))) \
-  --scored $((WORKED + 2 * (TRAIN * N + HELD_OUT * HELD_OUT_N + TEST * EVAL_N * policies)))
+  --trained $((WORKED + BARE + TRAIN * N * EPOCHS * (2 + RIVALS))) \
+  --scored $((WORKED + BARE + 2 * (TRAIN * N + HELD_OUT * HELD_OUT_N + TEST * EVAL_N * policies)))
 
 say "warm start: a short SFT on worked solutions"
 if [ -s "$RUN/warm_start.jsonl" ]; then
@@ -106,55 +110,66 @@ else # the model as it is
   link "$RUN/base" unchanged/1
 fi
 
-say "fixed rollouts, base samples of other problems for the forecast, and the temperature curve"
+before_the_forecast() { # base samples of other problems, some of them at a lower temperature
+  sampled "$RUN/base" "$RUN/held_out/train.jsonl" "$RUN/held_out/rollouts" --n $HELD_OUT_N
+  sampled "$RUN/base" "$RUN/held_out/train.jsonl" "$RUN/held_out/cooler" --n 4 --temperature 0.5
+}
+say "fixed rollouts, the temperature curve; in the background the base on other problems"
+beside held_out before_the_forecast
 sampled "$RUN/base" "$RUN/train.jsonl" "$RUN/rollouts" --n "$N"
-sampled "$RUN/base" "$RUN/held_out/train.jsonl" "$RUN/held_out/rollouts" --n $HELD_OUT_N
-sampled "$RUN/base" "$RUN/held_out/train.jsonl" "$RUN/held_out/cooler" --n 4 --temperature 0.5
+join
 "$PYTHON" examples/smollm2/curve.py --samples "$RUN/held_out/rollouts" \
   --cooler "$RUN/held_out/cooler"
 
-say "stage 1: an unlearned policy; the rivals"
 U=$RUN/stage1/unlearned
-stage1 unlearned --loss mse --beta 0.3 --invert-rewards --learning-rate "$RATE"
-if [ $RIVALS != 0 ]; then
-  stage1 sft --loss sft --learning-rate "$RATE"
-  stage1 grpo --loss grpo --learning-rate 1e-5
-fi
-if [ "${FULL:-0}" = 1 ]; then
+the_method() {
+  stage1 unlearned --loss mse --beta 0.3 --invert-rewards --learning-rate "$RATE"
+  distil unlearned --teachers "$RUN/base" --references "$U"
+  [ "${FULL:-0}" = 1 ] || return 0
   stage1 ce --loss ce --beta 0.2 --learning-rate "$RATE"
-  stage1 mse --loss mse --beta 0.3 --learning-rate "$RATE"
-  stage1 ruined --loss sapo --learning-rate 3e-4
-fi
-
-say "signals, their forecast, and the student"
-distil unlearned --teachers "$RUN/base" --references "$U"
-if [ "${FULL:-0}" = 1 ]; then
   distil strong --teachers "$RUN/stage1/ce"
-  distil ruined --teachers "$RUN/stage1/ruined"
   distil mixed --teachers "$RUN/stage1/ce" "$RUN/base" --references "$RUN/base" "$U" \
     --weights 0.1 1
-fi
+}
+rivals() { # and the base judged, and a ruined teacher
+  sampled "$RUN/base" "$RUN/test.jsonl" "$RUN/eval/base" --n $BASE_N --base "$RUN/base" \
+    --kl-samples "$TEST"
+  [ $RIVALS != 0 ] || return 0
+  stage1 sft --loss sft --learning-rate "$RATE"
+  stage1 grpo --loss grpo --learning-rate 1e-5
+  [ "${FULL:-0}" = 1 ] || return 0
+  stage1 mse --loss mse --beta 0.3 --learning-rate "$RATE"
+  stage1 ruined --loss sapo --learning-rate 3e-4
+}
+say "an unlearned policy, its signal and student; in the background the rivals, the base judged"
+beside rivals rivals
+the_method
+join
+if [ "${FULL:-0}" = 1 ]; then distil ruined --teachers "$RUN/stage1/ruined"; fi
 
-say "evaluation on held-out problems"
-against=(--n $EVAL_N --base "$RUN/base" --base-run "$RUN/eval/base")
-sampled "$RUN/base" "$RUN/test.jsonl" "$RUN/eval/base" --n $BASE_N --base "$RUN/base"
+say "evaluation on held-out problems; in the background every second policy"
 "$PYTHON" examples/temper.py --model "$RUN/base" --temperatures $TEMPERATURES \
   --output "$RUN/temperature"
-judged="$RUN/students/* $RUN/temperature/*"
-[ "$KIND" = quick ] || judged="$judged $RUN/stage1/*"
-for folder in $judged; do
-  [ -f "$folder/config.json" ] || continue # a refused student
-  case $folder in
-    "$RUN"/students/*) name=student_$(basename "$folder") ;;
-    "$RUN"/stage1/*) name=$(basename "$folder") ;;
-    *) name=temperature-$(basename "$folder") ;;
-  esac
-  sampled "$folder" "$RUN/test.jsonl" "$RUN/eval/$name" "${against[@]}"
-done
-if [ "${FULL:-0}" = 1 ]; then # the early-stopping paths of stage 1
-  for folder in "$RUN"/stage1/*/checkpoints/epoch-*; do
-    name=$(basename "${folder%/checkpoints/*}")/$(basename "$folder")
-    sampled "$folder" "$RUN/test.jsonl" "$RUN/curve/$name" "${against[@]}"
+judged=("$RUN"/students/* "$RUN"/temperature/*)
+[ "$KIND" = quick ] || judged+=("$RUN"/stage1/*)
+[ "${FULL:-0}" != 1 ] || judged+=("$RUN"/stage1/*/checkpoints/epoch-*) # paths of early stopping
+judge_part() { # judge_part I: judges every second policy, from the I-th
+  local i name folder
+  for ((i = $1; i < ${#judged[@]}; i += 2)); do
+    folder=${judged[i]}
+    [ -f "$folder/config.json" ] || continue # a refused student
+    name=${folder#"$RUN"/}
+    case $name in
+      students/*) name=eval/student_${name#*/} ;;
+      temperature/*) name=eval/temperature-${name#*/} ;;
+      */checkpoints/*) name=curve/$(cut -d/ -f2,4 <<< "$name") ;;
+      *) name=eval/${name#*/} ;;
+    esac
+    sampled "$folder" "$RUN/test.jsonl" "$RUN/$name" --n $EVAL_N --base "$RUN/base" \
+      --base-run "$RUN/eval/base"
   done
-fi
+}
+beside judge1 judge_part 1
+judge_part 0
+join
 "$PYTHON" examples/report.py --run "$RUN"

@@ -54,8 +54,8 @@ class Args:
     warm_start: int = 256
     """problems with a worked solution for the warm start"""
     bare: int = 0
-    """further solutions for the warm start, of leg_counting's arithmetic without the animals, so that
-    the model is sure of that before it is sure of the legs"""
+    """further solutions for the warm start, of leg_counting's arithmetic without its animals: the
+    model becomes sure of that before it is sure of the legs"""
     shown: float = 0.5
     """leg_counting: share of the animals of each number of legs, and at least one, that the warm
     start may name"""
@@ -67,6 +67,8 @@ class Args:
         common.require(self, "train held_out test", lambda v: v >= 1, "1 or more")
         common.require(self, "warm_start bare", lambda v: v >= 0, "0 or more")
         common.require(self, "shown", lambda v: 0 <= v <= 1, "0 to 1")
+        if self.source and self.bare:
+            raise UserError(f"--bare {self.bare}: only with --sets; a file has its own solutions")
         known = lambda v: len(v) > 0 and set(v) <= SETS.keys()  # noqa: E731
         common.require(self, "sets", known, f"one or more of {', '.join(SETS)}")
 

@@ -37,11 +37,11 @@ else
   SETS=${SETS:-leg_counting}
   TRAIN=${asked_train:-96} N=${asked_n:-8} TEST=${asked_test:-96}
   HELD_OUT=48 HELD_OUT_N=16 EVAL_N=4 BASE_N=8 RIVALS=2 CURVE=0
-  WORKED=${WORKED:-288} BARE=${BARE:-576} WARM_BATCH=16 EPOCHS=2 TEMPERATURES="0.7 0.5 0.3" BATCH=64
+  WORKED=${WORKED:-192} BARE=${BARE:-480} WARM_BATCH=16 EPOCHS=2 TEMPERATURES="0.7 0.5 0.3" BATCH=64
   CHOICE="--within-kl 1"
   [ "${FULL:-0}" != 1 ] || RIVALS=8 CURVE=12 # for the time that it will take
 fi
-SHOWN=${SHOWN:-0.35} MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-48} RATE=${RATE:-1e-4}
+SHOWN=${SHOWN:-0.2} MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-48} RATE=${RATE:-1e-4}
 PROMPT=${PROMPT:-"{problem}"}
 PROMPTS=(--prompt-template "$PROMPT")
 [ -z "${SWITCHES:-}" ] || PROMPTS+=(--chat-template-kwargs "$SWITCHES")

@@ -74,11 +74,16 @@ def recipe_text(recipe: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def pass_shown(settings: dict[str, Any]) -> str:
+    """Returns which pass@k the tables show: pass_at_8, or pass_at_4 where the samples are fewer."""
+    return "pass_at_8" if settings["samples"] >= 8 else "pass_at_4"
+
+
 def policy_table(summary: dict[str, Any]) -> str:
     """Writes one line for each policy."""
-    rows = []
+    rows, passed = [], pass_shown(summary["settings"])
     for row in summary["policies"]:
-        cells = [number(row[k], row[f"{k}_se"]) for k in ("accuracy", "pass_at_8")]
+        cells = [number(row[k], row[f"{k}_se"]) for k in ("accuracy", passed)]
         spent = ("kl", "kl_efficiency", "optimum_share")
         cells += [number(row[k], row[f"{k}_se"], 2) for k in spent]
         cells += [number(row["entropy"]), number(row["mean_length"], None, 1)]
@@ -97,7 +102,8 @@ def policy_table(summary: dict[str, Any]) -> str:
         "a problem. Entropy is in nats per token, length in tokens."
     )
     students = [row["kind"] == "student" for row in summary["policies"]]
-    heads = "<policy|accuracy|pass@8|KL|KL efficiency|optimum share|entropy|length|<training"
+    k = passed.removeprefix("pass_at_")
+    heads = f"<policy|accuracy|pass@{k}|KL|KL efficiency|optimum share|entropy|length|<training"
     return "<h2>Policies</h2>" + table(heads, rows, note, students)
 
 

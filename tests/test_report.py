@@ -145,10 +145,9 @@ def test_whole_report_and_the_table_over_seeds(tmp_path, model_folders, monkeypa
     assert "above the best early-stopping path" in page and 'class="blame" style' in page
 
     summary["policies"][-1]["accuracy"] -= 0.1
-    monkeypatch.setattr(seeds, "BEST", "student_strong")
-    monkeypatch.setattr(seeds, "claims", lambda summary: {"above ce, low end": 0.1})
+    monkeypatch.setattr(seeds, "RIVALS", ("ce",))
     common.write_json(tmp_path / "seed1/summary.json", summary)
-    seeds.main(seeds.Args((run, tmp_path / "seed1"), tmp_path / "results.md"))
+    seeds.main(seeds.Args((run, tmp_path / "seed1"), tmp_path / "results.md", "student_strong"))
     text = (tmp_path / "results.md").read_text()
     middle = summary["policies"][-1]["accuracy"] + 0.05
     assert f"| student: strong | {middle:.3f} ± {0.1 / 2**0.5:.3f} |" in text
@@ -189,15 +188,18 @@ def test_claims_and_forecasts_over_seeds():
             ("student_strong", "sft", -0.3),
         ]
     ]
-    summary = {"settings": {"seed": 7}, "policies": others + students, "comparisons": compared}
-    found = {name: round(value, 3) for name, value in seeds.claims(summary).items()}
+    settings = {"seed": 7, "samples": 8}
+    summary = {"settings": settings, "policies": others + students, "comparisons": compared}
+    found = {
+        name: round(value, 3) for name, value in seeds.claims(summary, "student_mixed").items()
+    }
     assert found.pop("best temperature: gain") == 0.03
     assert found.pop("above sft at equal KL") == 0.1
     assert found.pop("above sft at equal KL, low end") == 0.05
     assert [*found.values()] == [0.9, 0.5, 0.8, 0.5, 0.2, 0.2, -0.05, 0.5, -0.1]
-    assert seeds.result(summary)["above_rivals_at_equal_kl"]
+    assert seeds.result(summary, "student_mixed")["above_rivals_at_equal_kl"]
     compared[0]["accuracy_difference_ci"][0] = -0.01
-    assert not seeds.result(summary)["above_rivals_at_equal_kl"]
+    assert not seeds.result(summary, "student_mixed")["above_rivals_at_equal_kl"]
     *table, _, last = seeds.forecast_table([summary])
     assert table[2] == "| student_mixed | 0.000 at 2.00, 0.900 at 1.00 |"
     assert last == "Rank correlation of the 4 accuracies: -1.00."

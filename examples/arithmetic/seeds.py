@@ -1,4 +1,4 @@
-"""Averages over seeds what examples/arithmetic/run.sh measured: docs/results.md, results.json.
+"""Averages over seeds what run.sh of an example measured: docs/results.md, docs/results.json.
 
 Reads   RUN/summary.json of each run folder.
 Writes  OUTPUT.md, Markdown tables with the mean over the runs and, behind ±, their standard
@@ -15,13 +15,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import report_page
 
 import common
 
 COLUMNS = {
     "accuracy": ("accuracy", "{:.3f}"),
-    "pass_at_8": ("pass@8", "{:.3f}"),
+    "pass_at_8": ("pass@8", "{:.3f}"),  # one of the two, see report_page.pass_shown
+    "pass_at_4": ("pass@4", "{:.3f}"),
     "kl": ("KL, nats", "{:.2f}"),
     "kl_efficiency": ("KL efficiency", "{:.2f}"),
     "optimum_share": ("optimum share", "{:.2f}"),
@@ -30,7 +34,6 @@ COLUMNS = {
 }
 
 
-BEST = "student_mixed"  # named on seed 0, before the other seeds were run
 RIVALS = ("sft", "ce_gentle", "mse", "grpo", "sapo", "temperature")  # each stopped early or not
 
 
@@ -40,6 +43,8 @@ class Args:
     """folders of examples/arithmetic/run.sh"""
     output: Path | None = None
     """where to write OUTPUT.md and OUTPUT.json; default: print the tables only"""
+    best: str = "student_mixed"
+    """student that is compared with the rivals, named on seed 0 before the other seeds were run"""
 
 
 def spread(values: list[float | None], form: str) -> str:
@@ -56,13 +61,15 @@ def spread(values: list[float | None], form: str) -> str:
 def policies_table(summaries: list[dict]) -> list[str]:
     """Writes one row for each policy that every run has."""
     tables = [{row["name"]: row for row in summary["policies"]} for summary in summaries]
-    lines = ["| policy | " + " | ".join(title for title, _ in COLUMNS.values()) + " |"]
-    lines.append("|---" * (len(COLUMNS) + 1) + "|")
+    hidden = {"pass_at_8", "pass_at_4"} - {report_page.pass_shown(summaries[0]["settings"])}
+    columns = {key: column for key, column in COLUMNS.items() if key not in hidden}
+    lines = ["| policy | " + " | ".join(title for title, _ in columns.values()) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
     for name, first in tables[0].items():
         if all(name in table for table in tables):
             cells = [
                 spread([t[name].get(key) for t in tables], form)
-                for key, (_, form) in COLUMNS.items()
+                for key, (_, form) in columns.items()
             ]
             lines.append(f"| {first.get('label') or name} | " + " | ".join(cells) + " |")
     return lines
@@ -145,48 +152,51 @@ def ends_table(summaries: list[dict]) -> list[str]:
     return lines
 
 
-def claims(summary: dict) -> dict[str, float | None]:
-    """Measures on one run what the example is to show: {what: value}."""
+def claims(summary: dict, best_name: str) -> dict[str, float | None]:
+    """Measures on one run what the example is to show: {what: value}; only of policies it has."""
     rows = {row["name"]: row for row in summary["policies"]}
-    base, best = rows["base"], rows[BEST]
+    base, best, passed = rows["base"], rows[best_name], report_page.pass_shown(summary["settings"])
     cooler = [row["accuracy"] for name, row in rows.items() if name.startswith("temperature-")]
     found = {"best temperature: gain": max(cooler, default=0.0) - base["accuracy"]}
     for row in summary["comparisons"]:
-        if row["student"] == BEST and row["kind"] == "path" and row["against"] in RIVALS:
+        if row["student"] == best_name and row["kind"] == "path" and row["against"] in RIVALS:
             found[f"above {row['against']} at equal KL"] = row["accuracy_difference"]
             found[f"above {row['against']} at equal KL, low end"] = row["accuracy_difference_ci"][0]
     found |= {"best student: accuracy": best["accuracy"], "its share": best["optimum_share"]}
-    unlearned = rows["student_unlearned"]
-    found["student of unlearned: accuracy"] = unlearned["accuracy"]
-    found["student of unlearned: share"] = unlearned["optimum_share"]
-    found["ruined teacher: accuracy"] = rows["sapo"]["accuracy"]
-    found["student of ruined: gain"] = rows["student_ruined"]["accuracy"] - base["accuracy"]
-    strong, teacher = rows["student_strong"], rows["ce"]
-    found["student of strong minus its teacher"] = strong["accuracy"] - teacher["accuracy"]
-    found["KL of student of strong / of its teacher"] = strong["kl"] / teacher["kl"]
-    students = [row for row in rows.values() if row["kind"] == "student"]
-    found["lowest pass@8 of a student minus the base's"] = (
-        min(row["pass_at_8"] for row in students) - base["pass_at_8"]
-    )
+    if "student_unlearned" in rows:
+        unlearned = rows["student_unlearned"]
+        found["student of unlearned: accuracy"] = unlearned["accuracy"]
+        found["student of unlearned: share"] = unlearned["optimum_share"]
+    if {"sapo", "student_ruined"} <= rows.keys():
+        found["ruined teacher: accuracy"] = rows["sapo"]["accuracy"]
+        found["student of ruined: gain"] = rows["student_ruined"]["accuracy"] - base["accuracy"]
+    if {"ce", "student_strong"} <= rows.keys():
+        strong, teacher = rows["student_strong"], rows["ce"]
+        found["student of strong minus its teacher"] = strong["accuracy"] - teacher["accuracy"]
+        found["KL of student of strong / of its teacher"] = strong["kl"] / teacher["kl"]
+    students = [row[passed] for row in rows.values() if row["kind"] == "student"]
+    if None not in students:
+        name = passed.replace("_at_", "@")
+        found[f"lowest {name} of a student minus the base's"] = min(students) - base[passed]
     return found
 
 
-def result(summary: dict) -> dict:
+def result(summary: dict, best: str) -> dict:
     """Makes what OUTPUT.json has of one run."""
-    found = claims(summary)
+    found = claims(summary, best)
     low = [value for name, value in found.items() if name.endswith("low end")]
     return {
         "policies": summary["policies"],
-        "best_student": BEST,
+        "best_student": best,
         "above_rivals_at_equal_kl": bool(low)
         and all(value is not None and value > 0 for value in low),
         "claims": found,
     }
 
 
-def claims_table(summaries: list[dict]) -> list[str]:
+def claims_table(summaries: list[dict], best: str) -> list[str]:
     """Writes one row for each number of `claims`, a column for each run."""
-    found = [claims(summary) for summary in summaries]
+    found = [claims(summary, best) for summary in summaries]
     heads = [f"seed {summary['settings']['seed']}" for summary in summaries]
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for name in found[0]:
@@ -206,15 +216,19 @@ def main(args: Args) -> None:
         f"temperature {settings['temperature']}, top-p {settings['top_p']}, at most "
         f"{settings['max_new_tokens']} tokens."
     )
-    tables = (policies_table, claims_table, forecast_table, signals_table, paths_table, ends_table)
-    lines = [title, *(line for table in tables for line in ("", *table(summaries)))]
+    lines = [title, "", *policies_table(summaries), "", *claims_table(summaries, args.best)]
+    for table in (forecast_table, signals_table, paths_table, ends_table):
+        lines += ["", *table(summaries)]
     names = " ".join(run.name for run in args.runs)
-    lines += ["", f"Made by `python examples/arithmetic/seeds.py --runs {names}`."]
+    lines += [
+        "",
+        f"Made by `python examples/arithmetic/seeds.py --best {args.best} --runs {names}`.",
+    ]
     text = "\n".join(lines) + "\n"
     if args.output:
         with common.atomic(args.output.with_suffix(".md")) as temporary:
             temporary.write_text(text)
-        seeds = {str(summary["settings"]["seed"]): result(summary) for summary in summaries}
+        seeds = {str(s["settings"]["seed"]): result(s, args.best) for s in summaries}
         common.write_json(args.output.with_suffix(".json"), {"seeds": seeds})
     print(text, end="")
 

@@ -12,7 +12,8 @@
 #   SETS       of short_problems.py, or PROBLEMS: a file or a short name of problem_sets.py
 #   WORKED, SHOWN, BARE   solutions of the warm start, share of the animals that they name, further
 #              solutions without animals
-#   TRAIN, N, TEST                    problems, responses to each, problems to judge on
+#   TRAIN, N, TEST, BASE_N   problems, responses to each, problems to judge on, responses of the base
+#              to each of these: from 32 on the report knows the optimum
 #   PROMPT, SWITCHES, MAX_NEW_TOKENS  as --prompt-template, --chat-template-kwargs and
 #                                     --max-new-tokens of evaluate.py
 #   RATE       learning rate of the unlearned policy, of SFT and of the student
@@ -22,7 +23,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 HERE=
 SEED=${SEED:-0}
 RUN=${RUN:-runs/smollm2/seed$SEED}
-asked_train=${TRAIN:-} asked_n=${N:-} asked_test=${TEST:-}
+asked_train=${TRAIN:-} asked_n=${N:-} asked_test=${TEST:-} asked_base_n=${BASE_N:-}
 [ -n "${LANES:-}" ] || ! command -v nvidia-smi > /dev/null || LANES=1
 source examples/arithmetic/steps.sh # its steps; the settings below replace its own
 
@@ -36,7 +37,7 @@ if [ "$KIND" = quick ]; then
 else
   SETS=${SETS:-leg_counting}
   TRAIN=${asked_train:-96} N=${asked_n:-8} TEST=${asked_test:-96}
-  HELD_OUT=48 HELD_OUT_N=16 EVAL_N=4 BASE_N=8 RIVALS=2 CURVE=0
+  HELD_OUT=48 HELD_OUT_N=16 EVAL_N=4 BASE_N=${asked_base_n:-8} RIVALS=2 CURVE=0
   WORKED=${WORKED:-192} BARE=${BARE:-480} WARM_BATCH=16 EPOCHS=2 TEMPERATURES="0.7 0.5 0.3" BATCH=64
   CHOICE="--within-kl 1"
   [ "${FULL:-0}" != 1 ] || RIVALS=8 CURVE=12 # for the time that it will take

@@ -27,8 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common
 import evaluate
 
-SEQUENCES = 8  # sampled, trained and scored at once
-STEPS = 8  # sampled tokens of each
+ROWS = 64  # sampled at once: evaluate.py takes hundreds, and many rows cost little more than few
+SEQUENCES = 8  # trained and scored at once
+STEPS = 8  # sampled tokens of each row, after the first
 
 
 @dataclass
@@ -84,17 +85,24 @@ def random_row(prompt_tokens: int, args: Args, vocabulary: int, device: torch.de
 def measure(args: Args) -> dict[str, float]:
     """Returns seconds per response: sampled, trained and scored."""
     ranks, tokenizer = common.setup_ranks(), common.load_tokenizer(args.model)
-    problems = evaluate.read_jsonl(args.problems)[:SEQUENCES]
-    settings = evaluate.Args(args.model, args.problems, Path(), n=1, max_new_tokens=STEPS)
+    problems = evaluate.read_jsonl(args.problems)[:ROWS]
+    settings = evaluate.Args(args.model, args.problems, Path(), n=1)
     settings.prompt_template = args.prompt_template
     prompts = evaluate.encode_prompts(tokenizer, problems, settings)
-    prompts = [prompts[i % len(prompts)] for i in range(SEQUENCES)]
+    prompts = [prompts[i % len(prompts)] for i in range(ROWS)]
     dtype = common.compute_dtype(ranks.device)
     lm = common.load_lm(args.model, ranks.device, dtype, attention="sdpa")
     never = [len(tokenizer) - 1]  # an EOS that is hardly ever sampled
-    sample = seconds(lambda: evaluate.sample_batch(lm, prompts, never, never[0], settings))
+
+    def sample(tokens: int) -> float:
+        settings.max_new_tokens = tokens
+        work = lambda: evaluate.sample_batch(lm, prompts, never, never[0], settings)  # noqa: E731
+        return seconds(work)
+
+    first = sample(1)  # which reads the prompts
+    step = (sample(1 + STEPS) - first) / STEPS
     policy = common.load_policy(args.model, ranks, train=True)
-    mean = sum(map(len, prompts)) // SEQUENCES
+    mean = sum(map(len, prompts)) // ROWS
     row = random_row(mean, args, len(tokenizer), ranks.device)
 
     def forward() -> torch.Tensor:
@@ -103,8 +111,8 @@ def measure(args: Args) -> dict[str, float]:
     with torch.no_grad():
         score = seconds(forward)
     train = seconds(lambda: forward().backward())
-    found = {"sampled": sample * args.response_tokens / STEPS, "trained": train, "scored": score}
-    return {name: value / SEQUENCES for name, value in found.items()}
+    sampled = (first + step * (args.response_tokens - 1)) / ROWS
+    return {"sampled": sampled, "trained": train / SEQUENCES, "scored": score / SEQUENCES}
 
 
 def main(args: Args) -> None:

@@ -121,7 +121,8 @@ def place_labels(axes: Axes, labels: list[tuple[float, float, str, str]], obstac
             shift = {"left": 0.0, "center": 0.5, "right": 1.0}[side(offset)]
             low = point + np.array(offset) * dots - size * (shift, 0.5)
             box = Bbox([low, low + size])
-            if is_free(box, axes.bbox, marked, np.array(taken).reshape(-1, 4)):
+            clear = is_clear(point, (box.min + box.max) / 2, points)
+            if clear and is_free(box, axes.bbox, marked, np.array(taken).reshape(-1, 4)):
                 break
         else:  # no place is free
             offset = places[0]
@@ -140,6 +141,13 @@ def place_labels(axes: Axes, labels: list[tuple[float, float, str, str]], obstac
             arrowprops=line if math.hypot(*offset) > NEAR else None,
         )
         note.set_in_layout(False)
+
+
+def is_clear(point: Array, end: Array, points: Array) -> bool:
+    """Returns whether the line from a point to the end passes by the other points [n, 2]."""
+    line = point + np.linspace(0, 1, 40)[:, None] * (end - point)
+    others = points[(points != point).any(1)]
+    return bool((np.abs(line[:, None] - others).max(-1) > 10).all())  # pixels
 
 
 def is_free(box: Bbox, area: Bbox, marked: Array, taken: Array) -> bool:

@@ -145,15 +145,26 @@ def test_whole_report_and_the_table_over_seeds(tmp_path, model_folders, monkeypa
     assert "above the best early-stopping path" in page and 'class="blame" style' in page
 
     summary["policies"][-1]["accuracy"] -= 0.1
+    summary["settings"]["seed"] = 1
     monkeypatch.setattr(seeds, "RIVALS", ("ce",))
     common.write_json(tmp_path / "seed1/summary.json", summary)
-    seeds.main(seeds.Args((run, tmp_path / "seed1"), tmp_path / "results.md", "student_strong"))
+    runs, best = (run, tmp_path / "seed1"), "student_strong"
+    seeds.main(seeds.Args(runs, None, tmp_path / "results.md", best))
     text = (tmp_path / "results.md").read_text()
     middle = summary["policies"][-1]["accuracy"] + 0.05
     assert f"| student: strong | {middle:.3f} ± {0.1 / 2**0.5:.3f} |" in text
-    found = common.read_json(tmp_path / "results.json")["seeds"]["0"]
+    found = common.read_json(tmp_path / "results.json")["seeds"]["1"]
     assert found["above_rivals_at_equal_kl"] is True and found["best_student"] == "student_strong"
     assert found["policies"] == summary["policies"]
+
+    # Seed by seed on two machines: the same results, and no comparisons of the first.
+    seeds.main(seeds.Args(runs[:1], None, tmp_path / "first.md", best))
+    seeds.main(seeds.Args(runs[1:], tmp_path / "first.json", tmp_path / "both.md", best))
+    both = [common.read_json(tmp_path / f"{name}.json") for name in ("results", "both")]
+    later = (tmp_path / "both.md").read_text()
+    cut = text.index("| signal |")
+    assert both[0] == both[1] and later.startswith(text[:cut])
+    assert later[cut:].startswith("The tables below are of seed 1 only.")
 
     make_evaluation(run / "eval/other", "stage1/other", 0.6, 1.0, temperature=0.7)
     with pytest.raises(common.UserError, match=r"temperature 0\.7, but 1\.0"):
@@ -200,7 +211,7 @@ def test_claims_and_forecasts_over_seeds():
     assert seeds.result(summary, "student_mixed")["above_rivals_at_equal_kl"]
     compared[0]["accuracy_difference_ci"][0] = -0.01
     assert not seeds.result(summary, "student_mixed")["above_rivals_at_equal_kl"]
-    *table, _, last = seeds.forecast_table([summary])
+    *table, _, last = seeds.forecast_table({"7": {"policies": summary["policies"]}})
     assert table[2] == "| student_mixed | 0.000 at 2.00, 0.900 at 1.00 |"
     assert last == "Rank correlation of the 4 accuracies: -1.00."
 

@@ -1,6 +1,7 @@
 """Averages over seeds what run.sh of an example measured: docs/results.md, docs/results.json.
 
-Reads   RUN/summary.json of each run folder.
+Reads   RUN/summary.json of each run folder; with --earlier also what an older OUTPUT.json has of
+        other seeds, for runs on several machines.
 Writes  OUTPUT.md, Markdown tables with the mean over the runs and, behind ±, their standard
         deviation; OUTPUT.json, {"seeds": {seed: {"policies", "best_student", "claims",
         "above_rivals_at_equal_kl"}}}: the rows of summary.json, and what the example is to show.
@@ -41,6 +42,8 @@ RIVALS = ("sft", "ce_gentle", "mse", "grpo", "sapo", "temperature")  # each stop
 class Args:
     runs: tuple[Path, ...]
     """folders of examples/arithmetic/run.sh"""
+    earlier: Path | None = None
+    """an OUTPUT.json of before; its seeds that are not among --runs come first"""
     output: Path | None = None
     """where to write OUTPUT.md and OUTPUT.json; default: print the tables only"""
     best: str = "student_mixed"
@@ -58,10 +61,10 @@ def spread(values: list[float | None], form: str) -> str:
     return f"{mean} ± {form.replace('+', '').format(statistics.stdev(known))}"
 
 
-def policies_table(summaries: list[dict]) -> list[str]:
-    """Writes one row for each policy that every run has."""
-    tables = [{row["name"]: row for row in summary["policies"]} for summary in summaries]
-    hidden = {"pass_at_8", "pass_at_4"} - {report_page.pass_shown(summaries[0]["settings"])}
+def policies_table(results: dict[str, dict], passed: str) -> list[str]:
+    """Writes one row for each policy that every seed has; passed: which pass@k is shown."""
+    tables = [{row["name"]: row for row in found["policies"]} for found in results.values()]
+    hidden = {"pass_at_8", "pass_at_4"} - {passed}
     columns = {key: column for key, column in COLUMNS.items() if key not in hidden}
     lines = ["| policy | " + " | ".join(title for title, _ in columns.values()) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")
@@ -92,11 +95,11 @@ def ranks(values: list[float]) -> list[int]:
     return [sorted(values).index(value) for value in values]
 
 
-def forecast_table(summaries: list[dict]) -> list[str]:
-    """Writes forecast and measurement of every student that has a forecast, a column for a run."""
-    tables = [{row["name"]: row for row in s["policies"]} for s in summaries]
+def forecast_table(results: dict[str, dict]) -> list[str]:
+    """Writes forecast and measurement of every student that has a forecast, a column for a seed."""
+    tables = [{row["name"]: row for row in found["policies"]} for found in results.values()]
     names = [n for n in tables[0] if all("forecast_kl" in t.get(n, {}) for t in tables)]
-    heads = [f"seed {summary['settings']['seed']}: forecast, measured" for summary in summaries]
+    heads = [f"seed {seed}: forecast, measured" for seed in results]
     lines = ["| student | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     form = "{forecast_accuracy:.3f} at {forecast_kl:.2f}, {accuracy:.3f} at {kl:.2f}"
     for name in names:
@@ -194,42 +197,47 @@ def result(summary: dict, best: str) -> dict:
     }
 
 
-def claims_table(summaries: list[dict], best: str) -> list[str]:
-    """Writes one row for each number of `claims`, a column for each run."""
-    found = [claims(summary, best) for summary in summaries]
-    heads = [f"seed {summary['settings']['seed']}" for summary in summaries]
-    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    for name in found[0]:
-        cells = ["n/a" if row.get(name) is None else f"{row[name]:.3f}" for row in found]
+def claims_table(results: dict[str, dict]) -> list[str]:
+    """Writes one row for each number of `claims`, a column for each seed."""
+    lines = [f"| | {' | '.join(f'seed {seed}' for seed in results)} |"]
+    lines.append("|---" * (len(results) + 1) + "|")
+    for name in next(reversed(results.values()))["claims"]:
+        values = [found["claims"].get(name) for found in results.values()]
+        cells = ["n/a" if value is None else f"{value:.3f}" for value in values]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
 
 def main(args: Args) -> None:
     summaries = [common.read_json(run / "summary.json") for run in args.runs]
+    results = common.read_json(args.earlier)["seeds"] if args.earlier else {}
+    ours = {str(s["settings"]["seed"]): result(s, args.best) for s in summaries}
+    results = {seed: found for seed, found in results.items() if seed not in ours} | ours
     settings = summaries[0]["settings"]
     title = (
-        f"Mean ± standard deviation over {len(summaries)} seeds (fresh problems and a fresh base "
+        f"Mean ± standard deviation over {len(results)} seeds (fresh problems and a fresh base "
         f"each); {settings['problems']} held-out problems x {settings['samples']} samples (of "
         f"a temperature {settings['temperature_samples']}, of a checkpoint "
         f"{settings['checkpoint_samples']}), KL on {settings['kl_responses']} responses or more, "
         f"temperature {settings['temperature']}, top-p {settings['top_p']}, at most "
         f"{settings['max_new_tokens']} tokens."
     )
-    lines = [title, "", *policies_table(summaries), "", *claims_table(summaries, args.best)]
-    for table in (forecast_table, signals_table, paths_table, ends_table):
+    passed = report_page.pass_shown(settings)
+    lines = [title, "", *policies_table(results, passed), "", *claims_table(results)]
+    lines += ["", *forecast_table(results)]
+    if len(ours) < len(results):  # an OUTPUT.json has no comparisons
+        lines += ["", f"The tables below are of seed {', '.join(ours)} only."]
+    for table in (signals_table, paths_table, ends_table):
         lines += ["", *table(summaries)]
-    names = " ".join(run.name for run in args.runs)
-    lines += [
-        "",
-        f"Made by `python examples/arithmetic/seeds.py --best {args.best} --runs {names}`.",
-    ]
+    command = f"python examples/arithmetic/seeds.py --best {args.best} --runs "
+    command += " ".join(run.name for run in args.runs)
+    command += f" --earlier {args.earlier.name}" if args.earlier else ""
+    lines += ["", f"Made by `{command}`."]
     text = "\n".join(lines) + "\n"
     if args.output:
         with common.atomic(args.output.with_suffix(".md")) as temporary:
             temporary.write_text(text)
-        seeds = {str(s["settings"]["seed"]): result(s, args.best) for s in summaries}
-        common.write_json(args.output.with_suffix(".json"), {"seeds": seeds})
+        common.write_json(args.output.with_suffix(".json"), {"seeds": results})
     print(text, end="")
 
 

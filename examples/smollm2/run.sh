@@ -16,7 +16,8 @@
 #              to each of these: from 32 on the report knows the optimum
 #   PROMPT, SWITCHES, MAX_NEW_TOKENS  as --prompt-template, --chat-template-kwargs and
 #                                     --max-new-tokens of evaluate.py
-#   RATE       learning rate of the unlearned policy, of SFT and of the student
+#   RATE, SFT_RATE, STUDENT_RATE   learning rates: of the unlearned policy and the rivals but SFT, of
+#              SFT, of the student
 #   LANES      jobs at a time, one core each: 2, and on a GPU 1
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -24,6 +25,7 @@ HERE=
 SEED=${SEED:-0}
 RUN=${RUN:-runs/smollm2/seed$SEED}
 asked_train=${TRAIN:-} asked_n=${N:-} asked_test=${TEST:-} asked_base_n=${BASE_N:-}
+asked_student_rate=${STUDENT_RATE:-}
 [ -n "${LANES:-}" ] || ! command -v nvidia-smi > /dev/null || LANES=1
 source examples/arithmetic/steps.sh # its steps; the settings below replace its own
 
@@ -38,11 +40,12 @@ else
   SETS=${SETS:-leg_counting}
   TRAIN=${asked_train:-96} N=${asked_n:-8} TEST=${asked_test:-96}
   HELD_OUT=48 HELD_OUT_N=16 EVAL_N=4 BASE_N=${asked_base_n:-8} RIVALS=2 CURVE=0
-  WORKED=${WORKED:-192} BARE=${BARE:-480} WARM_BATCH=16 EPOCHS=2 TEMPERATURES="0.7 0.5 0.3" BATCH=64
+  WORKED=${WORKED:-192} BARE=${BARE:-480} WARM_BATCH=16 EPOCHS=2 TEMPERATURES="0.7 0.5 0.3" BATCH=32
   CHOICE="--within-kl 1"
   [ "${FULL:-0}" != 1 ] || RIVALS=8 CURVE=12 # for the time that it will take
 fi
-SHOWN=${SHOWN:-0.2} MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-48} RATE=${RATE:-1e-4}
+SHOWN=${SHOWN:-0.2} MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-48} RATE=${RATE:-1e-5}
+SFT_RATE=${SFT_RATE:-5e-5} STUDENT_RATE=${asked_student_rate:-3e-5}
 PROMPT=${PROMPT:-"{problem}"}
 PROMPTS=(--prompt-template "$PROMPT")
 [ -z "${SWITCHES:-}" ] || PROMPTS+=(--chat-template-kwargs "$SWITCHES")
@@ -65,9 +68,9 @@ distil() { # distil NAME FLAGS_OF_SIGNALS...: signals, their forecast, and the s
   local signals=$RUN/signals/$1.safetensors output=$RUN/students/$1
   shift
   signals "$RUN/base" "$RUN/rollouts" "$RUN" "$signals" "$@"
-  timed "$output" unless_refused "$PYTHON" stage2_distill.py --base "$RUN/base" --rollouts "$RUN/rollouts" \
-    --signals "$signals" --output "$output" --seed "$SEED" --objective generalized_kl \
-    --learning-rate "$RATE" $STEPS $CHOICE
+  timed "$output" unless_refused "$PYTHON" stage2_distill.py --base "$RUN/base" \
+    --rollouts "$RUN/rollouts" --signals "$signals" --output "$output" --seed "$SEED" --objective generalized_kl \
+    --learning-rate "$STUDENT_RATE" $STEPS $CHOICE
 }
 
 say "the pretrained model, and problems"
@@ -136,8 +139,8 @@ rivals() { # and the base judged, and a ruined teacher
   sampled "$RUN/base" "$RUN/test.jsonl" "$RUN/eval/base" --n $BASE_N --base "$RUN/base" \
     --kl-samples "$TEST"
   [ $RIVALS != 0 ] || return 0
-  stage1 sft --loss sft --learning-rate "$RATE"
-  stage1 grpo --loss grpo --learning-rate 1e-5
+  stage1 sft --loss sft --learning-rate "$SFT_RATE"
+  stage1 grpo --loss grpo --learning-rate "$RATE"
   [ "${FULL:-0}" = 1 ] || return 0
   stage1 mse --loss mse --beta 0.3 --learning-rate "$RATE"
   stage1 ruined --loss sapo --learning-rate 3e-4

@@ -123,7 +123,7 @@ def main(args: Args) -> None:
         print(f"{getattr(args, name)} responses to be {name}: {value:.2f} s each here")
     minutes = total / 60 / args.jobs
     text = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
-    print(f"this run will take about {text}, if nothing else uses the machine")
+    print(f"this run will take about {text} and the starts of its commands, on a free machine")
 
 
 if __name__ == "__main__":

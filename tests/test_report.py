@@ -165,6 +165,17 @@ def test_whole_report_and_the_table_over_seeds(tmp_path, model_folders, monkeypa
     cut = text.index("| signal |")
     assert both[0] == both[1] and later.startswith(text[:cut])
     assert later[cut:].startswith("The tables below are of seed 1 only.")
+    with pytest.raises(common.UserError, match="--best student_x: the students .* student_strong"):
+        seeds.main(seeds.Args(runs, None, None, "student_x"))
+    for key, value, match in [
+        ("best_student", "student_mixed", "first.json: seed 0 has the best student student_mixed"),
+        ("settings", {"samples": 2}, "seed 0 was judged otherwise: {'samples': 2}"),
+    ]:
+        first = common.read_json(tmp_path / "first.json")
+        first["seeds"]["0"][key] = value
+        common.write_json(tmp_path / "broken/first.json", first)
+        with pytest.raises(common.UserError, match=match):
+            seeds.main(seeds.Args(runs[1:], tmp_path / "broken/first.json", None, best))
 
     make_evaluation(run / "eval/other", "stage1/other", 0.6, 1.0, temperature=0.7)
     with pytest.raises(common.UserError, match=r"temperature 0\.7, but 1\.0"):

@@ -3,7 +3,7 @@
 Reads   RUN/summary.json of each run folder; with --earlier also what an older OUTPUT.json has of
         other seeds, for runs on several machines.
 Writes  OUTPUT.md, Markdown tables with the mean over the runs and, behind ±, their standard
-        deviation; OUTPUT.json, {"seeds": {seed: {"policies", "best_student", "claims",
+        deviation; OUTPUT.json, {"seeds": {seed: {"policies", "best_student", "claims", "settings",
         "above_rivals_at_equal_kl"}}}: the rows of summary.json, and what the example is to show.
 
     python examples/arithmetic/seeds.py --runs runs/arithmetic/seed1 runs/arithmetic/seed2
@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import report_page
 
 import common
+from common import UserError
 
 COLUMNS = {
     "accuracy": ("accuracy", "{:.3f}"),
@@ -33,7 +34,6 @@ COLUMNS = {
     "entropy": ("entropy", "{:.3f}"),
     "mean_length": ("length", "{:.1f}"),
 }
-
 
 RIVALS = ("sft", "ce_gentle", "mse", "grpo", "sapo", "temperature")  # each stopped early or not
 
@@ -185,7 +185,10 @@ def claims(summary: dict, best_name: str) -> dict[str, float | None]:
 
 
 def result(summary: dict, best: str) -> dict:
-    """Makes what OUTPUT.json has of one run."""
+    """Makes what OUTPUT.json has of one run. Raises UserError if it has no such student."""
+    names = [row["name"] for row in summary["policies"] if row["kind"] == "student"]
+    if best not in names:
+        raise UserError(f"--best {best}: the students of a run are {', '.join(names) or 'none'}")
     found = claims(summary, best)
     low = [value for name, value in found.items() if name.endswith("low end")]
     return {
@@ -194,7 +197,20 @@ def result(summary: dict, best: str) -> dict:
         "above_rivals_at_equal_kl": bool(low)
         and all(value is not None and value > 0 for value in low),
         "claims": found,
+        "settings": {k: v for k, v in summary["settings"].items() if k != "seed"},
     }
+
+
+def check_alike(results: dict[str, dict], args: Args) -> None:
+    """Raises UserError if seeds name other best students, or were judged in other ways."""
+    *_, last = results.values()
+    for seed, found in results.items():
+        if found["best_student"] != args.best:
+            why = f"seed {seed} has the best student {found['best_student']}, not {args.best}"
+            raise UserError(f"--earlier {args.earlier}: {why}; give --best the same, or leave it")
+        if found.get("settings", last["settings"]) != last["settings"]:  # older files have none
+            what = f"seed {seed} was judged otherwise: {found['settings']}, not {last['settings']}"
+            raise UserError(f"{what}; average seeds of equal settings")
 
 
 def claims_table(results: dict[str, dict]) -> list[str]:
@@ -213,6 +229,7 @@ def main(args: Args) -> None:
     results = common.read_json(args.earlier)["seeds"] if args.earlier else {}
     ours = {str(s["settings"]["seed"]): result(s, args.best) for s in summaries}
     results = {seed: found for seed, found in results.items() if seed not in ours} | ours
+    check_alike(results, args)
     settings = summaries[0]["settings"]
     title = (
         f"Mean ± standard deviation over {len(results)} seeds (fresh problems and a fresh base "

@@ -325,7 +325,7 @@ def choose_bounds(args: Args, ranks: Ranks) -> Args:
             raise UserError(f"{asked}: the forecast of {args.signals} ends at {most}; ask for less")
         best = reaching[0]
     top, base = rows[best], rows[0]["accuracy"]
-    if best == 0:
+    if best == 0 and (len(rows) > 1 or args.within_kl is None):
         raise UserError(f"{asked}: the base itself, {base:.3f} right, is the choice; raise it")
     gaps = [top["accuracy"] - row["accuracy"] for row in rows[:best]]
     equal = [i for i, gap in enumerate(gaps) if gap <= top["difference_se"][i]]

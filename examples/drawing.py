@@ -106,7 +106,8 @@ def side(offset: tuple[float, float]) -> str:
 def place_labels(axes: Axes, labels: list[tuple[float, float, str, str]], obstacles: Array) -> None:
     """Writes each (x, y, text, colour) beside its point, over no other text, point or obstacle.
 
-    obstacles [n, 2]: points of curves, as data. A label takes the nearest place that is free."""
+    obstacles [n, 2]: points of curves, as data. A label takes the nearest place that is free, if
+    there is one whose line passes by the other points."""
     axes.figure.canvas.draw()  # fixes the transforms that the search measures with
     renderer, dots = axes.figure.canvas.get_renderer(), axes.figure.dpi / 72
     points = axes.transData.transform(np.array([label[:2] for label in labels], dtype=float))
@@ -117,16 +118,15 @@ def place_labels(axes: Axes, labels: list[tuple[float, float, str, str]], obstac
         measured = axes.text(0, 0, text, fontsize=8.5)
         size = Text.get_window_extent(measured, renderer).size
         measured.remove()
+        boxes = {}
         for offset in places:
             shift = {"left": 0.0, "center": 0.5, "right": 1.0}[side(offset)]
             low = point + np.array(offset) * dots - size * (shift, 0.5)
-            box = Bbox([low, low + size])
-            clear = is_clear(point, (box.min + box.max) / 2, points)
-            if clear and is_free(box, axes.bbox, marked, np.array(taken).reshape(-1, 4)):
-                break
-        else:  # no place is free
-            offset = places[0]
-        taken.append(box.extents)
+            boxes[offset] = Bbox([low, low + size])
+        covered = np.array(taken).reshape(-1, 4)
+        free = [p for p in places if is_free(boxes[p], axes.bbox, marked, covered)] or places[:1]
+        offset = next((p for p in free if is_clear(point, boxes[p], points)), free[0])
+        taken.append(boxes[offset].extents)
         line = {"arrowstyle": "-", "color": colour, "lw": 0.6}
         note = axes.annotate(
             text,
@@ -143,9 +143,9 @@ def place_labels(axes: Axes, labels: list[tuple[float, float, str, str]], obstac
         note.set_in_layout(False)
 
 
-def is_clear(point: Array, end: Array, points: Array) -> bool:
-    """Returns whether the line from a point to the end passes by the other points [n, 2]."""
-    line = point + np.linspace(0, 1, 40)[:, None] * (end - point)
+def is_clear(point: Array, box: Bbox, points: Array) -> bool:
+    """Returns whether the line from a point to its label's box passes by the others of [n, 2]."""
+    line = point + np.linspace(0, 1, 40)[:, None] * ((box.min + box.max) / 2 - point)
     others = points[(points != point).any(1)]
     return bool((np.abs(line[:, None] - others).max(-1) > 10).all())  # pixels
 

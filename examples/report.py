@@ -46,8 +46,8 @@ from common import UserError
 SETTINGS = ("temperature", "top_p", "max_new_tokens")  # of the sampling: must be equal to compare
 TEMPERATURE = "temperature-"  # what the name of an evaluation of a tempered base begins with
 BASE_SAMPLES = 32  # of a problem: with fewer, its pass rate is too uncertain for the optimum share
-METRICS = ("accuracy", "pass@4", "pass@8", "kl", "k1", "kl_efficiency", "entropy", "mean_length")
-METRICS += ("truncated",)
+METRICS = ("accuracy", "pass@4", "pass@8", "kl", "k1", "kl_efficiency", "entropy")
+METRICS += ("mean_length", "truncated")
 RECIPE = ("loss", "objective", "invert_rewards", "unlearn", "epochs", "learning_rate", "kl_coef")
 RECIPE += ("signal_scale", "signal_clip", "signal_floor", "token_kl", "kl_budget")
 
@@ -644,12 +644,8 @@ def main(args: Args) -> None:
     with common.atomic(run / "report.html") as temporary:
         temporary.write_text(render(run, summary, args.pairs), encoding="utf-8")
     for row in summary["policies"]:
-        columns = [
-            ("accuracy", 3),
-            (pass_shown(summary["settings"]), 3),
-            ("kl", 2),
-            ("kl_efficiency", 2),
-        ]
+        shown = pass_shown(summary["settings"])
+        columns = [("accuracy", 3), (shown, 3), ("kl", 2), ("kl_efficiency", 2)]
         columns.append(("optimum_share", 2))
         cells = [f"{name} {number(row[name], row[f'{name}_se'], d):15s}" for name, d in columns]
         print(f"{row['label']:24s}", *cells)

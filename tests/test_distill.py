@@ -221,6 +221,8 @@ def test_a_forecast_that_promises_nothing_is_refused(tmp_path):
     poor = [*FRONTIER[:1], FRONTIER[1] | {"accuracy": 0.41}]
     with pytest.raises(common.UserError, match="promises nothing: its best forecast is 0.410, the"):
         choose(tmp_path, poor, within_kl=1.0)
+    with pytest.raises(common.UserError, match="promises nothing: its best forecast is 0.400, the"):
+        choose(tmp_path, FRONTIER[:1], within_kl=1.0)  # no setting at all is above the base
     for flags in ({"within_kl": 0.1}, {"reach_accuracy": 0.3}):
         with pytest.raises(common.UserError, match=r"the base itself, 0\.400 right, is the choice"):
             choose(tmp_path, FRONTIER, **flags)

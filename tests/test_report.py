@@ -7,7 +7,9 @@ import itertools
 import math
 import shutil
 
+import drawing
 import make_base
+import matplotlib.pyplot as plt
 import measured
 import numpy as np
 import pytest
@@ -15,6 +17,8 @@ import report
 import seeds
 import tiny
 import torch
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 import common
 import evaluate
@@ -260,3 +264,17 @@ def test_what_the_targets_ask_of_responses(tmp_path, target):
     common.write_json(tmp_path / "paper/stage1/mse/args.json", args)
     expected = [np.mean(wanted[1.0]), np.mean(wanted[0.0])]
     assert measured.asked(tmp_path, "mse") == pytest.approx(expected)
+
+
+def test_the_line_of_a_label_passes_by_the_other_points():
+    figure, axes = plt.subplots(figsize=(4, 3))
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    row = [(0.44 + 0.06 * i, 0.5, f"point {i}", "black") for i in range(3)]
+    drawing.place_labels(axes, row, np.array([[0.5, 0.56], [0.5, 0.44], [0.44, 0.56]]))
+    figure.canvas.draw()  # places the labels
+    places = axes.transData.transform([label[:2] for label in row])
+    for note, place in zip(axes.texts, places, strict=True):
+        box = Text.get_window_extent(note, figure.canvas.get_renderer())
+        assert drawing.is_clear(place, box, places), note.get_text()
+    assert not drawing.is_clear(places[0], Bbox([places[2] - 1, places[2] + 1]), places)
+    plt.close(figure)

@@ -99,6 +99,16 @@ def test_a_signal_that_promises_nothing_ends_the_rounds_and_not_the_script(tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["run", "rounds", "plateau"])
+def test_one_lane_does_the_same_jobs_as_two(tmp_path, name):
+    both = [
+        commands(tmp_path / lanes, f"arithmetic/{name}.sh", LANES=lanes) for lanes in ("1", "2")
+    ]
+    one, two = ([m for m, _ in found] for found in both)
+    assert sorted(one) == sorted(two)
+
+
+@pytest.mark.slow
 def test_any_other_error_of_stage_2_ends_the_script(tmp_path):
     with pytest.raises(subprocess.CalledProcessError):
         commands(tmp_path, "arithmetic/rounds.sh", BROKEN="1")

@@ -154,7 +154,7 @@ judge_first_student() {
 }
 
 # Two independent jobs run at a time, one core each. One shows its progress, the other writes a log.
-# LANES=1: one after the other, for a GPU that holds one.
+# LANES=1: the other runs when the first has ended, for a GPU that holds one.
 LANES=${LANES:-2}
 ALONE=${OMP_NUM_THREADS:-2}
 export OMP_NUM_THREADS=$ALONE
@@ -166,14 +166,14 @@ trap end_beside EXIT
 beside() { # beside LOGNAME JOB ARGUMENTS...: starts the job in the background
   local log=$HERE/logs/$1.log
   shift
-  if [ "$LANES" = 1 ]; then "$@"; return; fi
+  if [ "$LANES" = 1 ]; then LATER_JOB=("$@"); return; fi
   export OMP_NUM_THREADS=1
   "$@" > "$log" 2>&1 &
   BESIDE=$! BESIDE_LOG=$log
 }
 join() { # waits for the job in the background
   export OMP_NUM_THREADS=$ALONE
-  [ -n "$BESIDE" ] || return 0
+  if [ "$LANES" = 1 ]; then "${LATER_JOB[@]}"; return; fi
   wait "$BESIDE" && BESIDE= && return
   echo "error: a step failed; the end of $BESIDE_LOG:" >&2
   tail -n 20 "$BESIDE_LOG" >&2

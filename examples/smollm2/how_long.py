@@ -96,8 +96,7 @@ def measure(args: Args) -> dict[str, float]:
 
     def sample(tokens: int) -> float:
         settings.max_new_tokens = tokens
-        work = lambda: evaluate.sample_batch(lm, prompts, never, never[0], settings)  # noqa: E731
-        return seconds(work)
+        return seconds(lambda: evaluate.sample_batch(lm, prompts, never, never[0], settings))
 
     first = sample(1)  # which reads the prompts
     step = (sample(1 + STEPS) - first) / STEPS

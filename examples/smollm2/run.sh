@@ -50,6 +50,7 @@ PROMPT=${PROMPT:-"{problem}"}
 PROMPTS=(--prompt-template "$PROMPT")
 [ -z "${SWITCHES:-}" ] || PROMPTS+=(--chat-template-kwargs "$SWITCHES")
 SAMPLING=(--max-new-tokens "$MAX_NEW_TOKENS" --seed "$SEED" "${PROMPTS[@]}")
+STUDENT="--objective generalized_kl --learning-rate $STUDENT_RATE"
 STEPS="--batch-size $BATCH --warmup-steps 4 --epochs $EPOCHS"
 
 sampled() { # sampled MODEL PROBLEMS OUTPUT FLAGS...: an evaluation folder
@@ -68,9 +69,7 @@ distil() { # distil NAME FLAGS_OF_SIGNALS...: signals, their forecast, and the s
   local signals=$RUN/signals/$1.safetensors output=$RUN/students/$1
   shift
   signals "$RUN/base" "$RUN/rollouts" "$RUN" "$signals" "$@"
-  timed "$output" unless_refused "$PYTHON" stage2_distill.py --base "$RUN/base" \
-    --rollouts "$RUN/rollouts" --signals "$signals" --output "$output" --seed "$SEED" --objective generalized_kl \
-    --learning-rate "$STUDENT_RATE" $STEPS $CHOICE
+  student "$RUN/base" "$RUN/rollouts" "$signals" "$output" $STEPS $CHOICE
 }
 
 say "the pretrained model, and problems"
